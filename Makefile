@@ -1,0 +1,92 @@
+# `make help` lists the targets. Everything that is made stays inside the clone: .venv, .cache, build, out.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+SETUP_STAMP := $(VENV)/.setup-stamp
+ASAN_DIR := build/asan
+
+RUNTIME_SOURCES := $(shell find runtime -type f 2>/dev/null)
+CPP_SOURCES := $(shell find runtime -type f \( -name '*.h' -o -name '*.cpp' \) 2>/dev/null)
+
+# One thread per test process: pytest runs as many processes as there are cores.
+export OMP_NUM_THREADS ?= 1
+PYTEST_WORKERS ?= $(shell nproc)
+PYTEST_ARGS ?=
+
+define RUN_LINT
+$(BIN)/ruff check
+$(BIN)/mypy
+$(if $(CPP_SOURCES),$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES))
+endef
+RUN_CPP_TESTS = $(BIN)/ctest --test-dir $(ASAN_DIR) --output-on-failure
+RUN_PYTHON_TESTS = $(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup runtime asan data lint test test-cpp test-python demo verify-zoo sweep update-golden clean distclean
+
+help: ## Show this help
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{ printf "  make %-15s %s\n", $$1, $$2 }'
+
+setup: $(SETUP_STAMP) ## Create .venv with all dependencies and the package, runtime included
+
+# A Debian without python3-venv cannot put pip into a new environment; an outer pip can.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV) \
+	  || { $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; } \
+	  || { echo "Cannot create $(VENV): install python3-venv (Debian: apt-get install python3.11-venv)." >&2; exit 1; }
+
+# PyTorch comes first and alone, so that a later dependency never picks another version.
+# The package is installed again when the runtime changes: that rebuilds the native library.
+$(SETUP_STAMP): pyproject.toml $(RUNTIME_SOURCES) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet "torch==2.13.0"
+	$(BIN)/python -m pip install --quiet --editable ".[torch,bench,dev]"
+	@touch $@
+
+runtime: setup asan ## Build the native runtime, and again under ASan and UBSan in build/asan
+
+asan: $(ASAN_DIR)/.stamp
+
+$(ASAN_DIR)/.stamp: $(RUNTIME_SOURCES) | $(SETUP_STAMP)
+	$(BIN)/cmake -S runtime -B $(ASAN_DIR) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPOCKC_SANITIZE=ON -DPOCKC_BUILD_TESTS=ON
+	$(BIN)/cmake --build $(ASAN_DIR)
+	@touch $@
+
+data: setup ## Download weights and data sets into .cache/data (versions pinned, checksums verified)
+	$(BIN)/python -m benchmarks.fetch
+
+lint: setup ## Check Python with ruff and mypy, C++ with clang-format
+	$(RUN_LINT)
+
+test-cpp: asan ## Run the C++ tests under ASan and UBSan
+	$(RUN_CPP_TESTS)
+
+test-python: setup ## Run the Python tests
+	$(RUN_PYTHON_TESTS)
+
+# In this order in one process even under `make -j`, so that the last line is that of pytest.
+test: setup asan ## Set up, lint, and run all C++ and Python tests
+	$(RUN_LINT)
+	$(RUN_CPP_TESTS)
+	$(RUN_PYTHON_TESTS)
+
+demo: data ## Fine-tune a real model on real data with four schemes, and compare them
+	$(BIN)/python -m benchmarks.demo
+
+verify-zoo: data ## Compare every zoo model and scheme with PyTorch, step by step
+	$(BIN)/python -m benchmarks.verify_zoo
+
+sweep: data ## Find the learning rates that the demo uses
+	$(BIN)/python -m benchmarks.sweep
+
+update-golden: setup ## Rewrite the golden files of the tests; review the diff
+	$(BIN)/python -m pytest --update-golden $(PYTEST_ARGS)
+
+clean: ## Remove builds, results and tool caches; keep .venv and downloads
+	rm -rf build dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find pockc passes targets tests benchmarks -type d -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean ## Remove the environment and the downloads too
+	rm -rf $(VENV) .cache
