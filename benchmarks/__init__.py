@@ -1,0 +1,1 @@
+"""Models, data sets and measurements. Needs the `bench` extra."""
