@@ -79,7 +79,8 @@ def trec(seed: int = 0, test_size: int = 800) -> TextSplit:
 def efficientnet_lite0_weights() -> Path:
     """Path of a `.pth` with the state dict of EfficientNet-Lite0, trained on ImageNet.
 
-    Load it with `torch.load(path, weights_only=True)`. The model expects float NCHW images (x - 127) / 128, x in 0..255.
+    Load it with `torch.load(path, weights_only=True)`. The model expects float NCHW images, (x - 127) / 128 with x in
+    0..255.
 
     Raises:
         DataUnavailableError: The package cannot be downloaded.
