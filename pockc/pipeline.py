@@ -1,0 +1,144 @@
+"""The compiler as lists of passes, and the manager that verifies, times and dumps between them."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pockc.errors import InternalError, UserError
+from pockc.ir import Graph
+from pockc.passes import (
+    attach_loss,
+    attach_optimizer,
+    canonicalize,
+    cse,
+    dce,
+    differentiate,
+    duplicate,
+    fold,
+    fold_batchnorm,
+    fuse,
+    layout,
+    reorder,
+    slice_updates,
+)
+from pockc.recipe import Recipe
+from pockc.verify import Level, verify
+
+Run = Callable[[Graph, Recipe], Graph]
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One line of a pipeline. ``optional`` passes can be switched off to see what they buy."""
+
+    name: str
+    run: Run
+    level: Level = "training"
+    optional: bool = False
+
+
+# What every entry shares: the user's forward graph, in the layout and parameterisation that the kernels want.
+COMMON: tuple[Pass, ...] = (
+    Pass("canonicalize", canonicalize.run, "imported"),  # one spelling of everything, before patterns are matched
+    Pass("fold", fold.run, "imported"),  # masks and tables of the frontend become constants
+    Pass("layout", layout.run, "imported"),  # channels-last throughout; needs canonical transposes
+    Pass("canonicalize", canonicalize.run, "imported"),  # pads meet their convolution once transposes are gone
+    Pass("fold-batchnorm", fold_batchnorm.run, "imported", optional=True),  # wants conv -> mul, channels last
+    Pass("fold", fold.run, "imported"),  # the folded scales and shifts of frozen parameters
+    Pass("cse", cse.run, "imported"),
+    Pass("dce", dce.run, "imported"),
+)
+
+# From forward graph to training step.
+TRAIN: tuple[Pass, ...] = (
+    Pass("attach-loss", attach_loss.run),
+    Pass("differentiate", differentiate.run),
+    Pass("attach-optimizer", attach_optimizer.run),
+    Pass("slice-updates", slice_updates.run, optional=True),  # needs the takes that attach-optimizer made
+)
+ACCUMULATE: tuple[Pass, ...] = (*TRAIN[:2], Pass("accumulate", attach_optimizer.accumulate), TRAIN[3])
+EVAL: tuple[Pass, ...] = (TRAIN[0],)
+INFER: tuple[Pass, ...] = ()
+
+# To kernels, in the order they will run.
+LOWER: tuple[Pass, ...] = (
+    Pass("canonicalize", canonicalize.run),  # what differentiation left: reshapes of reshapes, sums of one
+    Pass("fold", fold.run),
+    Pass("cse", cse.run),
+    Pass("dce", dce.run),
+    Pass("fuse", fuse.run, "lowered", optional=True),  # after differentiation: gradients read unfused nodes
+    Pass("duplicate", duplicate.run, "lowered", optional=True),  # before the order is chosen
+    Pass("reorder", reorder.run, "lowered"),
+)
+
+
+@dataclass(slots=True)
+class Manager:
+    """Runs passes: verifies after each, records milliseconds and node counts, dumps where POCKC_DUMP says.
+
+    POCKC_DUMP=dir writes the graph after every pass; POCKC_VERIFY=0 never verifies, 1 after each pass (default),
+    2 also round-trips the text; POCKC_STOP_AFTER=n runs only the first n passes that may be skipped, to bisect.
+    """
+
+    recipe: Recipe
+    timings: list[tuple[str, str, float, int]] = field(default_factory=list)  # entry, pass, ms, nodes after
+    optional_run: int = 0
+
+    def run(self, entry: str, passes: Sequence[Pass], graph: Graph) -> Graph:
+        """The graph after these passes. UserErrors pass through; anything else becomes an InternalError."""
+        done: list[str] = []
+        for step in passes:
+            if self._skipped(step):
+                continue
+            started = time.perf_counter()
+            try:
+                after = step.run(graph, self.recipe)
+                self._verify(after, step)
+            except UserError:
+                raise
+            except Exception as error:
+                raise self._failure(entry, step, done, graph, error) from error
+            graph = after
+            done.append(step.name)
+            self.timings.append((entry, step.name, (time.perf_counter() - started) * 1e3, len(graph.nodes)))
+            self._dump(entry, step, graph)
+        return graph
+
+    def _skipped(self, step: Pass) -> bool:
+        if not step.optional:
+            return False
+        if step.name in self.recipe.disabled:
+            return True
+        self.optional_run += 1
+        fuel = os.environ.get("POCKC_STOP_AFTER")
+        return fuel is not None and self.optional_run > int(fuel)
+
+    def _verify(self, graph: Graph, step: Pass) -> None:
+        level = os.environ.get("POCKC_VERIFY", "1")
+        if level == "0":
+            return
+        verify(graph, step.level)
+        if level == "2":
+            from pockc.text import parse, show  # only this debugging level needs the parser
+
+            if show(parse(show(graph))) != show(graph):
+                raise InternalError("the text of the graph does not round-trip")
+
+    def _dump(self, entry: str, step: Pass, graph: Graph) -> None:
+        if folder := os.environ.get("POCKC_DUMP"):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            Path(folder, f"{len(self.timings):02d}-{entry}-{step.name}.txt").write_text(str(graph))
+
+    def _failure(self, entry: str, step: Pass, done: list[str], graph: Graph, error: Exception) -> InternalError:
+        with tempfile.NamedTemporaryFile("w", prefix="pockc-", suffix=".txt", delete=False) as dump:
+            dump.write(str(graph))
+        before = ", ".join(done) or "no other pass"
+        return InternalError(
+            f"pass {step.name} of {entry} failed after {before}: {error} "
+            f"The graph it was given is in {dump.name}. Please report this."
+        )

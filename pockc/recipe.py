@@ -1,0 +1,32 @@
+"""The options of one build, resolved: the record that every pass receives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from pockc.optim import Optimizer
+    from pockc.scheme import Channels
+
+BatchNorm = Literal["fold", "freeze", "train"]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What is trained, and how.
+
+    ``trained`` maps the name of each updated parameter to its channel selection, None for the whole tensor.
+    ``loss`` is the name of a built-in loss, or None where the graph already has an output called ``loss``.
+    ``accumulation`` is the number of micro-steps per optimizer step; ``threads`` sizes the kernels' workspaces.
+    """
+
+    trained: Mapping[str, Channels | None]
+    optimizer: Optimizer
+    loss: str | None = "cross_entropy"
+    loss_options: Mapping[str, float] = field(default_factory=dict)
+    batchnorm: BatchNorm = "fold"
+    accumulation: int = 1
+    threads: int = 1
+    disabled: frozenset[str] = frozenset()  # names of passes that the user switched off, for ablation
