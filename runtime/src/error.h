@@ -10,10 +10,10 @@ const char* last_error();
 void clear_error();
 
 // Returns from the calling function when `expression` is not PK_OK.
-#define POCKC_TRY(expression)                            \
-  do {                                                   \
-    const ::pockc::Status try_status = (expression);     \
-    if (try_status != PK_OK) return try_status;          \
+#define POCKC_TRY(expression)                        \
+  do {                                               \
+    const ::pockc::Status try_status = (expression); \
+    if (try_status != PK_OK) return try_status;      \
   } while (false)
 
 }  // namespace pockc

@@ -14,7 +14,7 @@ namespace pockc::ref {
 #undef POCKC_SIMD
 
 #define POCKC_REF(op)
-#define POCKC_SIMD(op)           \
+#define POCKC_SIMD(op)            \
   bool accepts_##op(const Call&); \
   Status run_##op(const Call&);
 #if defined(__aarch64__)

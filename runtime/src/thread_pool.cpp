@@ -1,5 +1,5 @@
-// A pool that sleeps: workers wait on a condition variable between jobs. Spinning pools win microseconds on an idle
-// machine and collapse on a shared one.
+// A pool that sleeps: workers wait on a condition variable between jobs. Spinning pools win microseconds on
+// an idle machine and collapse on a shared one.
 #include <pthread.h>
 
 #include <condition_variable>
@@ -23,8 +23,8 @@ struct ThreadPool::State {
   std::mutex mutex;
   std::condition_variable start;
   std::condition_variable done;
-  int64_t job = 0;      // counts jobs; a worker runs each once
-  int pending = 0;      // workers that have not finished the current job
+  int64_t job = 0;  // counts jobs; a worker runs each once
+  int pending = 0;  // workers that have not finished the current job
   bool stopping = false;
   Body body = nullptr;
   void* context = nullptr;
@@ -84,7 +84,8 @@ ThreadPool::~ThreadPool() {
     state_->stopping = true;
   }
   state_->start.notify_all();
-  for (int index = 1; index <= state_->worker_count; ++index) pthread_join(state_->workers[index].thread, nullptr);
+  for (int index = 1; index <= state_->worker_count; ++index)
+    pthread_join(state_->workers[index].thread, nullptr);
   delete state_;
 }
 

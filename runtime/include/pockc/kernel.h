@@ -1,18 +1,20 @@
 // The contract between the program walker and every kernel.
 //
 // A kernel is one file and one line in kernels.inc. It has two functions:
-//   Status check_<op>(const Call&)   once, at load: operand count, dtypes, shapes and attributes. Data pointers are
-//                                    null then. It must refuse everything that could make `run` touch memory outside
-//                                    its operands: a program file may come from anywhere.
+//   Status check_<op>(const Call&)   once, at load: operand count, dtypes, shapes and attributes. Data
+//   pointers are
+//                                    null then. It must refuse everything that could make `run` touch memory
+//                                    outside its operands: a program file may come from anywhere.
 //   Status run_<op>(const Call&)     every step. May fail only on data (an id out of range).
 // The `ref` provider has both for every op and needs no workspace. A `simd` kernel adds
-//   bool accepts_<op>(const Call&)   true when it can run this (already checked) call in the workspace that is given;
+//   bool accepts_<op>(const Call&)   true when it can run this (already checked) call in the workspace that
+//   is given;
 // otherwise the call falls back to `ref`.
 //
-// Aliasing: output 0 may be the very same buffer as an input that the op table calls "in place"; the outputs of an
-// optimizer are the same buffers as its p, m, v. Otherwise outputs never overlap inputs.
-// Alignment: every tensor and the workspace start at a multiple of 64 bytes. Outputs hold garbage before the call:
-// a kernel writes every element.
+// Aliasing: output 0 may be the very same buffer as an input that the op table calls "in place"; the outputs
+// of an optimizer are the same buffers as its p, m, v. Otherwise outputs never overlap inputs. Alignment:
+// every tensor and the workspace start at a multiple of 64 bytes. Outputs hold garbage before the call: a
+// kernel writes every element.
 #ifndef POCKC_KERNEL_H_
 #define POCKC_KERNEL_H_
 
@@ -38,8 +40,8 @@ struct Tensor {
   int32_t rank = 0;
   int64_t dims[kMaxRank] = {};
 
-  // Always inlined: these are also compiled for wider instruction sets, and a copy of those that the linker picked for
-  // everybody would stop on an older CPU.
+  // Always inlined: these are also compiled for wider instruction sets, and a copy of those that the linker
+  // picked for everybody would stop on an older CPU.
   __attribute__((always_inline)) int64_t elements() const {
     int64_t n = 1;
     for (int i = 0; i < rank; ++i) n *= dims[i];
@@ -57,7 +59,8 @@ struct Call {
   int32_t input_count = 0;
   const Tensor* outputs = nullptr;
   int32_t output_count = 0;
-  const int64_t* ints = nullptr;  // int, bool: one entry; tuple: its length, then its elements; enum: its index
+  const int64_t* ints =
+      nullptr;  // int, bool: one entry; tuple: its length, then its elements; enum: its index
   int32_t int_count = 0;
   const double* floats = nullptr;
   int32_t float_count = 0;
@@ -70,8 +73,8 @@ using CheckFunction = Status (*)(const Call&);
 using AcceptsFunction = bool (*)(const Call&);
 using RunFunction = Status (*)(const Call&);
 
-// Sleeps between jobs, never spins. `parallel_for` splits [0, count) into at most `threads()` contiguous ranges that
-// are multiples of `grain` (but the last); results must not depend on the split.
+// Sleeps between jobs, never spins. `parallel_for` splits [0, count) into at most `threads()` contiguous
+// ranges that are multiples of `grain` (but the last); results must not depend on the split.
 class ThreadPool {
  public:
   using Body = void (*)(void* context, int64_t begin, int64_t end, int thread);
@@ -104,7 +107,7 @@ class ThreadPool {
 // What a program's calls are bound to at load.
 struct KernelEntry {
   const char* op;
-  const char* provider;  // "ref", "simd-baseline", "simd-avx2", "simd-avx512", "simd-neon"
+  const char* provider;     // "ref", "simd-baseline", "simd-avx2", "simd-avx512", "simd-neon"
   CheckFunction check;      // ref only
   AcceptsFunction accepts;  // null for ref
   RunFunction run;
@@ -114,14 +117,15 @@ struct KernelEntry {
 const KernelEntry* find_reference(const char* op);
 // The best simd kernel of this op that the CPU can run, or null.
 const KernelEntry* find_simd(const char* op);
-// The same from one instruction set ("baseline", "avx2", "avx512", "neon"; null: the best); null when the CPU lacks it.
+// The same from one instruction set ("baseline", "avx2", "avx512", "neon"; null: the best); null when the CPU
+// lacks it.
 const KernelEntry* find_simd(const char* op, const char* isa);
 // The name of the instruction set that is used here.
 const char* best_isa();
 
-// Sets pk_last_error of this thread and returns `status`. For a kernel that fails on its data: one clause without the
-// op's name, which the session puts before it, such as "id 40000 at position 7 is outside the table of 30522 rows".
-// To be called from the thread that called the kernel.
+// Sets pk_last_error of this thread and returns `status`. For a kernel that fails on its data: one clause
+// without the op's name, which the session puts before it, such as "id 40000 at position 7 is outside the
+// table of 30522 rows". To be called from the thread that called the kernel.
 Status fail(Status status, const char* format, ...) __attribute__((format(printf, 2, 3)));
 
 }  // namespace pockc

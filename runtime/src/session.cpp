@@ -1,0 +1,140 @@
+// Creation of a session: kernels are chosen, then memory is allocated, then nothing more.
+#include "session.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "error.h"
+
+namespace pockc {
+
+Session::~Session() {
+  delete pool_;
+  std::free(arena_);
+}
+
+Status Session::create(const Program& program, const SessionSettings& settings) {
+  program_ = &program;
+  if (settings.threads < 1 || static_cast<uint32_t>(settings.threads) > program.max_threads) {
+    return fail(PK_INVALID_ARGUMENT, "%d threads asked for: this program was planned for 1 to %u",
+                settings.threads, program.max_threads);
+  }
+  pool_ = new (std::nothrow) ThreadPool(settings.threads);
+  if (pool_ == nullptr) return fail(PK_OUT_OF_MEMORY, "no memory for the thread pool");
+  entries_.resize(program.entries.size());
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    POCKC_TRY(bind_entry(program.entries[i], settings, &entries_[i]));
+  }
+  POCKC_TRY(allocate());
+  for (BoundEntry& entry : entries_) set_pointers(&entry);
+  set_initial_states();
+  return PK_OK;
+}
+
+Status Session::bind_entry(const EntryRecord& record, const SessionSettings& settings, BoundEntry* entry) {
+  entry->record = &record;
+  entry->calls.resize(record.calls.size());
+  size_t operand_count = 0;
+  for (const CallRecord& call : record.calls) operand_count += call.inputs.size() + call.outputs.size();
+  entry->operands.resize(operand_count);
+
+  Tensor* operand = entry->operands.data();
+  for (size_t i = 0; i < record.calls.size(); ++i) {
+    const CallRecord& source = record.calls[i];
+    BoundCall& bound = entry->calls[i];
+    bound.record = &source;
+    bound.end = source.workspace_bytes == 0 ? 0 : source.workspace_offset + source.workspace_bytes;
+    bound.call.inputs = operand;
+    bound.call.input_count = static_cast<int32_t>(source.inputs.size());
+    bound.call.outputs = operand + source.inputs.size();
+    bound.call.output_count = static_cast<int32_t>(source.outputs.size());
+    for (const std::vector<uint32_t>* list : {&source.inputs, &source.outputs}) {
+      for (uint32_t index : *list) {
+        const TensorRecord& tensor = program_->tensors[index];
+        *operand++ = tensor.type;
+        if (tensor.storage == Storage::kArena && tensor.end() > bound.end) bound.end = tensor.end();
+      }
+    }
+    bound.call.ints = source.ints.data();
+    bound.call.int_count = static_cast<int32_t>(source.ints.size());
+    bound.call.floats = source.floats.data();
+    bound.call.float_count = static_cast<int32_t>(source.floats.size());
+    bound.call.workspace_bytes = source.workspace_bytes;
+    bound.call.pool = pool_;
+    POCKC_TRY(bind_call(settings, &bound));
+  }
+  return PK_OK;
+}
+
+Status Session::bind_call(const SessionSettings& settings, BoundCall* bound) const {
+  const char* op = text(bound->record->op);
+  const char* origin = text(bound->record->origin);
+  const KernelEntry* reference = find_reference(op);
+  if (reference == nullptr) {
+    return fail(PK_UNSUPPORTED,
+                "op `%s` at %s is not in this runtime (%s): use the runtime that came with the compiler", op,
+                origin, pk_version());
+  }
+  clear_error();
+  const Status status = reference->check(bound->call);
+  if (status != PK_OK) {
+    const std::string reason =
+        last_error()[0] == '\0' ? "its operands or attributes are wrong" : last_error();
+    return fail(status, "op `%s` at %s cannot run: %s", op, origin, reason.c_str());
+  }
+  bound->run = reference->run;
+  if (settings.reference_only) return PK_OK;
+  const KernelEntry* simd = find_simd(op, settings.isa);
+  if (simd != nullptr && simd->accepts(bound->call)) bound->run = simd->run;
+  return PK_OK;
+}
+
+Status Session::allocate() {
+  const uint64_t bytes = program_->arena_bytes;
+  void* memory = nullptr;
+  if (bytes > SIZE_MAX || posix_memalign(&memory, kAlignment, bytes == 0 ? 1 : bytes) != 0) {
+    return fail(PK_OUT_OF_MEMORY, "cannot allocate the arena of %llu bytes (%.1f MiB)",
+                static_cast<unsigned long long>(bytes), static_cast<double>(bytes) / (1 << 20));
+  }
+  arena_ = static_cast<unsigned char*>(memory);
+  return PK_OK;
+}
+
+void* Session::address(const TensorRecord& tensor) const {
+  if (tensor.storage == Storage::kArena) return arena_ + tensor.offset;
+  return const_cast<uint8_t*>(program_->data.data) + tensor.offset;  // never an output: checked at load
+}
+
+Tensor Session::bound_tensor(uint32_t index) const {
+  Tensor tensor = program_->tensors[index].type;
+  tensor.data = address(program_->tensors[index]);
+  return tensor;
+}
+
+void Session::set_pointers(BoundEntry* entry) {
+  Tensor* operand = entry->operands.data();
+  for (BoundCall& bound : entry->calls) {
+    for (uint32_t index : bound.record->inputs) (operand++)->data = address(program_->tensors[index]);
+    for (uint32_t index : bound.record->outputs) (operand++)->data = address(program_->tensors[index]);
+    if (bound.call.workspace_bytes > 0) bound.call.workspace = arena_ + bound.record->workspace_offset;
+  }
+}
+
+void Session::set_initial_states() {
+  for (const StateRecord& state : program_->states) {
+    if (!state.is_mutable) continue;
+    const TensorRecord& tensor = program_->tensors[state.tensor];
+    std::memcpy(arena_ + tensor.offset, program_->data.data + state.initial, tensor.bytes);
+  }
+}
+
+pk_memory Session::memory() const {
+  uint64_t mapped = 0;
+  for (const TensorRecord& tensor : program_->tensors) {
+    if (tensor.storage == Storage::kData && tensor.end() > mapped) mapped = tensor.end();
+  }
+  return pk_memory{program_->arena_bytes, program_->state_bytes, mapped, used_peak_};
+}
+
+}  // namespace pockc
