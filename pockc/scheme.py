@@ -285,7 +285,7 @@ def _glob(pattern: str, model: _Model, scheme: Scheme, optional: bool = False) -
     if not matched and not optional:
         raise UserError(
             f"scheme {scheme}: {pattern!r} matches no parameter of the model",
-            instead=near_names(pattern, model.names()) or "`pockc inspect` lists the parameter names.",
+            instead=near_names(pattern, model.names()) or _some_names(model),
         )
     exact = not _WILDCARDS & set(pattern)
     if exact and matched and model.canonical(pattern) in model.frozen and pattern not in scheme.freeze:
@@ -296,12 +296,17 @@ def _glob(pattern: str, model: _Model, scheme: Scheme, optional: bool = False) -
     return matched
 
 
+def _some_names(model: _Model) -> str:
+    names = list(model.parameters)
+    return f"Its parameters are called {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}."
+
+
 def _glob_in_blocks(pattern: str, blocks: Blocks, model: _Model, scheme: Scheme, optional: bool) -> list[str]:
     prefixes = blocks.prefixes(model.names())
     if not prefixes and not optional:
         raise UserError(
             f"scheme {scheme}: no parameter has a block like {blocks.pattern!r}",
-            instead=near_names(blocks.pattern, model.names()) or "`pockc inspect` lists the parameter names.",
+            instead=near_names(blocks.pattern, model.names()) or _some_names(model),
         )
     inside = [(prefix, name) for prefix in prefixes for name in model.names() if name.startswith(prefix)]
     matched = [name for prefix, name in inside if fnmatchcase(name.removeprefix(prefix), pattern)]
@@ -320,8 +325,7 @@ def _checked_channels(name: str, channels: Channels | None, model: _Model) -> Ch
     module = model.modules.get(name.rpartition(".")[0], "")
     if len(shape) < 2 or "Embedding" in module:
         raise UserError(
-            f"channels cannot be selected of {name} (shape {list(shape)})",
-            where=module,
+            f"channels cannot be selected of {name} (shape {list(shape)}{f', of {module}' if module else ''})",
             supported="weights of convolutions and linear layers",
             instead="Narrow the glob to such weights, or update the whole tensor.",
         )
@@ -419,17 +423,27 @@ def _parse_file(path: Path) -> Scheme:
         raise _explain(error, path, document) from None
 
 
+# Where pydantic speaks of Python types, not of what a file holds.
+_REASONS = {
+    "tuple_type": "it should be a list",
+    "too_short": "it should not be empty",
+    "model_type": "it should be a mapping",
+    "dataclass_type": "it should be a mapping",
+    "missing": "it is missing",
+}
+
+
 def _explain(error: ValidationError, path: Path, document: yaml.Node | None) -> UserError:
     """The first problem of a file, in one sentence with its line and key path."""
     problem = error.errors()[0]
     place = [part for part in problem["loc"] if isinstance(part, int) or not part.startswith("function-")]
     key = ".".join(map(str, place))
     where = f"{path}:{_line(document, place)}"
-    if problem["type"] == "extra_forbidden":
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = [*Scheme.model_fields, *Rule.model_fields, *Blocks.model_fields, *Channels.__dataclass_fields__]
         return UserError(f"there is no key {key!r}", where=where, instead=near_names(str(place[-1]), known))
-    reason = problem["msg"].removeprefix("Value error, ")
-    return UserError(f"{key}: {reason[0].lower()}{reason[1:]}" if key else reason, where=where)
+    reason = _REASONS.get(problem["type"]) or problem["msg"].removeprefix("Value error, ").replace("Input ", "it ")
+    return UserError(f"{key}: {reason}", where=where)
 
 
 def _line(node: yaml.Node | None, place: list[int | str]) -> int:

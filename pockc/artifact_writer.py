@@ -1,0 +1,268 @@
+"""Writes a program as a .pock file: see runtime/FORMAT.md."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pockc.errors import InternalError, UserError
+from pockc.ir import DTYPES, Array, Graph, Node, State, StateKind, Value
+from pockc.ops import ENUM_VALUES, OPS
+from pockc.passes.memory import Placement, aligned
+from pockc.program import Program
+from pockc.program import states as program_states
+
+MAGIC = b"\x89POCK\r\n\x1a"
+VERSION = 1
+HEADER = struct.Struct("<8sIIQII32s")  # magic, version, sections, file size, table CRC, header CRC, model hash
+SECTION = struct.Struct("<IIQQ")  # id, CRC, offset, size
+SECTION_IDS = {"metadata": 1, "program": 2, "data": 3, "golden": 4}
+ALIGNMENT, DATA_ALIGNMENT = 64, 4096
+DTYPE_CODES = tuple(DTYPES)
+KINDS: tuple[StateKind, ...] = ("parameter", "buffer", "constant", "slot", "counter")
+
+
+def write(program: Program, path: str | Path, *, golden: bytes = b"") -> None:
+    """Write a program; an existing file is replaced whole or not at all.
+
+    Args:
+        program: A planned program.
+        path: Where to; its folder is made if need be.
+        golden: Contents of the optional GOLDEN section.
+
+    Raises:
+        UserError: the system refuses the write.
+    """
+    tables = _Tables(program)
+    body = tables.program_section()
+    metadata = {
+        **program.metadata,
+        "omitted": tables.omitted(),
+        "memory": program.memory.as_json(),
+        "text": {name: program.text(name) for name in program.entries},
+    }
+    sections: dict[str, list[bytes | memoryview]] = {
+        "metadata": [json.dumps(metadata, ensure_ascii=False).encode()],
+        "program": [body],
+        "data": list(tables.data.chunks()),
+    }
+    if golden:
+        sections["golden"] = [golden]
+    model_hash = hashlib.sha256(body + tables.signature()).digest()
+    _write_atomically(Path(path), list(_layout(sections, model_hash)))
+
+
+def flatten(op: str, attrs: Mapping[str, Any]) -> tuple[list[int], list[float]]:
+    """Attributes in canonical order as the file holds them: integers (also bools, tuples, strings) and floats."""
+    annotations = OPS[op].type_rule.__annotations__
+    ints: list[int] = []
+    floats: list[float] = []
+    for name in OPS[op].attributes:
+        value = attrs[name]
+        if isinstance(value, float) or annotations.get(name) in (float, "float"):
+            floats.append(float(value))
+        elif isinstance(value, str):
+            ints.append(ENUM_VALUES.index(value))
+        elif isinstance(value, tuple):
+            ints += [len(value), *(int(item) for item in value)]
+        else:
+            ints.append(int(value))
+    return ints, floats
+
+
+class _Data:
+    """The DATA section: tensor contents, each once, whoever uses them."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._offsets: dict[tuple[bytes, int], int] = {}
+        self._arrays: list[Array] = []
+
+    def add(self, array: Array) -> int:
+        """The offset of these contents."""
+        array = np.ascontiguousarray(array)
+        key = (hashlib.sha256(_bytes(array)).digest(), array.nbytes)
+        if key not in self._offsets:
+            self._offsets[key] = self.size
+            self._arrays.append(array)
+            self.size += aligned(array.nbytes)
+        return self._offsets[key]
+
+    def chunks(self) -> Iterator[bytes | memoryview]:
+        for array in self._arrays:
+            yield _bytes(array)
+            yield bytes(aligned(array.nbytes) - array.nbytes)
+
+
+def _bytes(array: Array) -> memoryview:
+    return array.reshape(-1).view(np.uint8).data
+
+
+class _Tables:
+    """The tables of the PROGRAM section: tensors, states, strings, entries; equal rows are shared."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.data = _Data()
+        self.tensors: dict[bytes, int] = {}
+        self.strings: dict[str, int] = {}
+        read = {
+            value.name
+            for graph in program.entries.values()
+            for value in (*graph.results(), *(operand for node in graph.nodes for operand in node.inputs))
+            if value in graph.states
+        }
+        known = program_states(program.entries)
+        self.states = {n: s for n, s in known.items() if n in read or n in program.state_offset}
+        self.unread = [n for n, (_, s) in known.items() if n not in self.states and s.kind in ("parameter", "buffer")]
+
+    def omitted(self) -> list[str]:
+        """Original parameters and buffers that no entry reads, because a constant was computed from them."""
+        parameters = [name for name in self.program.metadata.get("parameters", {}) if name not in self.states]
+        return list(dict.fromkeys([*parameters, *self.unread]))
+
+    def signature(self) -> bytes:
+        """Names, dtypes and shapes of the states: what a checkpoint must agree with."""
+        lines = [f"{name}\0{value.type}\0{state.permutation}\n" for name, (value, state) in self.states.items()]
+        return "".join(lines).encode()
+
+    def program_section(self) -> bytes:
+        program = self.program
+        states = _list(self._state(value, state) for value, state in self.states.values())
+        entries = _list(self._entry(name, graph) for name, graph in program.entries.items())
+        head = struct.pack("<QQII", program.state_bytes, program.arena_bytes, program.max_threads, program.accumulation)
+        return head + _list(self.tensors) + states + _list(map(_text, self.strings)) + entries
+
+    def _tensor(self, value: Value, offset: int, in_data: bool) -> int:
+        shape = value.type.shape
+        codes = bytes([DTYPE_CODES.index(value.type.dtype), in_data, len(shape), 0])
+        row = codes + struct.pack(f"<{len(shape)}qQ", *shape, offset)
+        return self.tensors.setdefault(row, len(self.tensors))
+
+    def _string(self, text: str) -> int:
+        return self.strings.setdefault(text, len(self.strings))
+
+    def _state(self, value: Value, state: State) -> bytes:
+        mutable = value.name in self.program.state_offset
+        initial = self._initial(value, state)
+        offset = self.program.state_offset[value.name] if mutable else initial
+        tensor = self._tensor(value, offset, in_data=not mutable)
+        trained = mutable and state.kind == "parameter"
+        head = bytes([KINDS.index(state.kind), mutable, len(state.permutation), *state.permutation])
+        return _text(value.name) + head + struct.pack("<IQB", tensor, initial, trained)
+
+    def _initial(self, value: Value, state: State) -> int:
+        if state.data is None:
+            raise InternalError(f"state {value.name} has no contents")
+        return self.data.add(state.data)
+
+    def _location(self, entry: str, value: Value) -> tuple[int, bool]:
+        """The offset of a value, and whether it is in DATA rather than in the arena."""
+        offset = self.program.offset(entry, value)
+        if offset is not None:
+            return offset, False
+        state = self.program.placements[entry].buffer[value].state
+        if state is None:
+            raise InternalError(f"{value!r} of {entry} has no place")
+        return self._initial(state, self.program.entries[entry].states[state]), True
+
+    def _entry(self, name: str, graph: Graph) -> bytes:
+        placement = self.program.placements[name]
+        index: dict[Value, int] = {}
+        used = [*graph.inputs, *graph.results(), *(v for n in graph.nodes for v in (*n.inputs, *n.outputs))]
+        for value in dict.fromkeys(used):
+            index[value] = self._tensor(value, *self._location(name, value))
+        calls = [
+            self._call(node, index, workspace)
+            for node, workspace in zip(graph.nodes, placement.workspace, strict=True)
+            if not self._is_free_view(node, placement)
+        ]
+        inputs = _list(_argument(value.name, index[value]) for value in graph.inputs)
+        outputs = _list(_argument(key, index[value]) for key, value in graph.outputs.items())
+        return _text(name) + inputs + outputs + _list(calls)
+
+    @staticmethod
+    def _is_free_view(node: Node, placement: Placement) -> bool:
+        return OPS[node.op].view and placement.buffer[node.inputs[0]] is placement.buffer[node.outputs[0]]
+
+    def _call(self, node: Node, index: Mapping[Value, int], workspace: tuple[int, int]) -> bytes:
+        phase = node.origin.phase
+        origin = f"{node.origin}" if phase == "forward" else f"{node.origin} [{phase}]"
+        ints, floats = flatten(node.op, node.attrs)
+        offset, nbytes = workspace
+        return b"".join(
+            [
+                struct.pack("<II", self._string(node.op), self._string(origin[-4096:])),
+                _numbers("I", [index[v] for v in node.inputs]),
+                _numbers("I", [index[v] for v in node.outputs]),
+                _numbers("q", ints),
+                _numbers("d", floats),
+                struct.pack("<QQ", self.program.state_bytes + offset if nbytes else 0, nbytes),
+            ]
+        )
+
+
+def _text(text: str) -> bytes:
+    raw = text.encode()
+    return struct.pack("<I", len(raw)) + raw
+
+
+def _numbers(code: str, values: list[Any]) -> bytes:
+    return struct.pack(f"<I{len(values)}{code}", len(values), *values)
+
+
+def _list(items: Iterable[bytes]) -> bytes:
+    rows = list(items)
+    return struct.pack("<I", len(rows)) + b"".join(rows)
+
+
+def _argument(name: str, tensor: int) -> bytes:
+    return _text(name) + struct.pack("<I", tensor)
+
+
+def _layout(sections: Mapping[str, list[bytes | memoryview]], model_hash: bytes) -> Iterator[bytes | memoryview]:
+    """The bytes of the file in order: header, section table, sections at their alignment."""
+    table: list[bytes] = []
+    body: list[bytes | memoryview] = []
+    position = HEADER.size + len(sections) * SECTION.size
+    for name, chunks in sections.items():
+        alignment = DATA_ALIGNMENT if name == "data" else ALIGNMENT
+        padding = -position % alignment
+        size, crc = 0, 0
+        for chunk in chunks:
+            size += len(chunk)
+            crc = zlib.crc32(chunk, crc)
+        table.append(SECTION.pack(SECTION_IDS[name], crc, position + padding, size))
+        body += [bytes(padding), *chunks]
+        position += padding + size
+    joined = b"".join(table)
+    head = HEADER.pack(MAGIC, VERSION, len(sections), position, zlib.crc32(joined), 0, bytes(32))[:28]
+    yield head + struct.pack("<I", zlib.crc32(head)) + model_hash + joined
+    yield from body
+
+
+def _write_atomically(path: Path, chunks: list[bytes | memoryview]) -> None:
+    """Into a temporary file beside the target, flushed to the disk, then renamed over it."""
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(descriptor, "wb") as file:
+            file.writelines(chunks)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
