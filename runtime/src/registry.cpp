@@ -3,39 +3,39 @@
 
 #include "pockc/kernel.h"
 
-#define POCKC_REF(op)             \
+// kernels.inc ends by undefining its macros: each inclusion is preceded by the one meaning that it shall have.
+#define POCKC_DECLARE_REF(op)     \
   Status check_##op(const Call&); \
   Status run_##op(const Call&);
-#define POCKC_SIMD(op)
-namespace pockc::ref {
-#include "kernels.inc"
-}
-#undef POCKC_REF
-#undef POCKC_SIMD
-
-#define POCKC_REF(op)
-#define POCKC_SIMD(op)            \
+#define POCKC_DECLARE_SIMD(op)    \
   bool accepts_##op(const Call&); \
   Status run_##op(const Call&);
+
+namespace pockc::ref {
+#define POCKC_REF POCKC_DECLARE_REF
+#include "kernels.inc"
+}  // namespace pockc::ref
 #if defined(__aarch64__)
 namespace pockc::simd_neon {
+#define POCKC_SIMD POCKC_DECLARE_SIMD
 #include "kernels.inc"
-}
+}  // namespace pockc::simd_neon
 #else
 namespace pockc::simd_baseline {
+#define POCKC_SIMD POCKC_DECLARE_SIMD
 #include "kernels.inc"
-}
+}  // namespace pockc::simd_baseline
 #endif
 #if defined(__x86_64__)
 namespace pockc::simd_avx2 {
+#define POCKC_SIMD POCKC_DECLARE_SIMD
 #include "kernels.inc"
-}
+}  // namespace pockc::simd_avx2
 namespace pockc::simd_avx512 {
+#define POCKC_SIMD POCKC_DECLARE_SIMD
 #include "kernels.inc"
-}
+}  // namespace pockc::simd_avx512
 #endif
-#undef POCKC_REF
-#undef POCKC_SIMD
 
 namespace pockc {
 namespace {
@@ -43,41 +43,31 @@ namespace {
 // A table ends with an entry without a name, so that it is never empty.
 constexpr KernelEntry kEnd = {nullptr, nullptr, nullptr, nullptr, nullptr};
 
-#define POCKC_REF(op) {#op, "ref", ref::check_##op, nullptr, ref::run_##op},
-#define POCKC_SIMD(op)
 constexpr KernelEntry kReference[] = {
+#define POCKC_REF(op) {#op, "ref", ref::check_##op, nullptr, ref::run_##op},
 #include "kernels.inc"
     kEnd};
-#undef POCKC_REF
-#undef POCKC_SIMD
-
-#define POCKC_REF(op)
 #if defined(__aarch64__)
-#define POCKC_SIMD(op) {#op, "simd-neon", nullptr, simd_neon::accepts_##op, simd_neon::run_##op},
 constexpr KernelEntry kNeon[] = {
+#define POCKC_SIMD(op) {#op, "simd-neon", nullptr, simd_neon::accepts_##op, simd_neon::run_##op},
 #include "kernels.inc"
     kEnd};
-#undef POCKC_SIMD
 #else
-#define POCKC_SIMD(op) {#op, "simd-baseline", nullptr, simd_baseline::accepts_##op, simd_baseline::run_##op},
 constexpr KernelEntry kBaseline[] = {
+#define POCKC_SIMD(op) {#op, "simd-baseline", nullptr, simd_baseline::accepts_##op, simd_baseline::run_##op},
 #include "kernels.inc"
     kEnd};
-#undef POCKC_SIMD
 #endif
 #if defined(__x86_64__)
-#define POCKC_SIMD(op) {#op, "simd-avx2", nullptr, simd_avx2::accepts_##op, simd_avx2::run_##op},
 constexpr KernelEntry kAvx2[] = {
+#define POCKC_SIMD(op) {#op, "simd-avx2", nullptr, simd_avx2::accepts_##op, simd_avx2::run_##op},
 #include "kernels.inc"
     kEnd};
-#undef POCKC_SIMD
-#define POCKC_SIMD(op) {#op, "simd-avx512", nullptr, simd_avx512::accepts_##op, simd_avx512::run_##op},
 constexpr KernelEntry kAvx512[] = {
+#define POCKC_SIMD(op) {#op, "simd-avx512", nullptr, simd_avx512::accepts_##op, simd_avx512::run_##op},
 #include "kernels.inc"
     kEnd};
-#undef POCKC_SIMD
 #endif
-#undef POCKC_REF
 
 struct InstructionSet {
   const char* name;
