@@ -1,0 +1,140 @@
+"""Losses that are ops of their own; the others are compositions."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pockc.ir import Array, Builder, Node, TensorType, Value
+from pockc.ops import Sample, define
+from pockc.ops.common import f32, require, require_dtype, require_type, torch_gradient, unary_vjp
+from pockc.ops.softmax import log_softmax
+
+
+def _require_logits(logits: TensorType, labels: TensorType) -> None:
+    require_dtype("logits", logits, "f32")
+    require(len(logits.shape) == 2, f"logits must be f32[N,C], not {logits}")
+    require_type("labels", labels, TensorType(logits.shape[:1], "i64"))
+
+
+def _cross_entropy_rule(
+    logits: TensorType, labels: TensorType, *, ignore_index: int = -100, label_smoothing: float = 0.0
+) -> TensorType:
+    _require_logits(logits, labels)
+    require(0 <= label_smoothing <= 1, f"label smoothing must lie in [0, 1], not {label_smoothing}")
+    return f32()
+
+
+def _valid_labels(labels: Array, classes: int, ignore_index: int) -> tuple[Array, Array]:
+    """Which rows count, and the labels with 0 in the rows that do not; IndexError for a label outside the classes."""
+    valid = labels != ignore_index
+    known = np.where(valid, labels, 0)
+    if np.any((known < 0) | (known >= classes)):
+        raise IndexError(f"a label lies outside the {classes} classes")
+    return valid, known
+
+
+# With p = softmax(logits), s the smoothing and one row's label l:
+# loss = -(1 - s) log p_l - s / C sum_c log p_c, averaged over the rows that count.
+def _cross_entropy(logits: Array, labels: Array, *, ignore_index: int = -100, label_smoothing: float = 0.0) -> Array:
+    valid, known = _valid_labels(labels, logits.shape[1], ignore_index)
+    log_p = log_softmax(logits)
+    loss = -np.take_along_axis(log_p, known[:, None], 1)[:, 0]
+    if label_smoothing:
+        loss = (1 - label_smoothing) * loss - label_smoothing * log_p.mean(1)
+    with np.errstate(invalid="ignore"):  # no row counts: nan, as in torch
+        return np.asarray(np.divide(loss[valid].sum(), valid.sum(), dtype=logits.dtype))
+
+
+def _cross_entropy_gradient(b: Builder, node: Node, ct: Value) -> Value:
+    return b("cross_entropy_grad", ct, *node.inputs, **node.attrs)
+
+
+_LABELS = np.array([1, 0, 4, 2])
+_SOME_IGNORED = np.array([1, -100, 4, -100])
+_PADDED = np.array([0, 3, 0, 2])
+_CASES = (
+    (f32(4, 5), _LABELS, {}),
+    (f32(4, 5), _SOME_IGNORED, {}),
+    (f32(4, 5), _PADDED, {"ignore_index": 0}),
+    (f32(4, 5), _SOME_IGNORED, {"label_smoothing": 0.1}),
+    (f32(4, 1), np.zeros(4, np.int64), {}),
+    (f32(4, 1003), _LABELS, {"label_smoothing": 0.2}),
+)
+
+define(
+    "cross_entropy",
+    type_rule=_cross_entropy_rule,
+    reference=_cross_entropy,
+    vjp=unary_vjp(_cross_entropy_gradient),
+    samples=[
+        Sample((x, y), a, lambda t, x, y, a=a: t.nn.functional.cross_entropy(x, y, **a), (0,)) for x, y, a in _CASES
+    ],
+    saves="logits, labels",
+)
+
+
+def _cross_entropy_grad_rule(
+    ct: TensorType,
+    logits: TensorType,
+    labels: TensorType,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> TensorType:
+    require_type("ct", ct, f32())
+    _cross_entropy_rule(logits, labels, ignore_index=ignore_index, label_smoothing=label_smoothing)
+    return logits
+
+
+# d log p_k / d logits_c = [k = c] - p_c. The weights (1 - s) and s / C of the C + 1 logarithms sum to 1, hence
+# dloss/dlogits_c = p_c - (1 - s) [c = l] - s / C, over the count; rows that do not count get zero.
+def _cross_entropy_grad(
+    ct: Array, logits: Array, labels: Array, *, ignore_index: int = -100, label_smoothing: float = 0.0
+) -> Array:
+    rows, classes = logits.shape
+    valid, known = _valid_labels(labels, classes, ignore_index)
+    gradient = np.exp(log_softmax(logits)) - label_smoothing / classes
+    gradient[np.arange(rows), known] -= 1 - label_smoothing
+    scale = ct / max(1, int(valid.sum()))
+    return np.where(valid[:, None], gradient * scale, np.zeros_like(gradient))
+
+
+define(
+    "cross_entropy_grad",
+    type_rule=_cross_entropy_grad_rule,
+    reference=_cross_entropy_grad,
+    samples=[
+        Sample(
+            (f32(), x, y),
+            a,
+            torch_gradient(lambda t, x, y, a=a: t.nn.functional.cross_entropy(x, y, **a), 0),
+        )
+        for x, y, a in _CASES
+    ],
+    in_place=(1,),
+)
+
+
+def _count_correct_rule(logits: TensorType, labels: TensorType, *, ignore_index: int = -100) -> TensorType:
+    _require_logits(logits, labels)
+    return TensorType((), "i64")
+
+
+def _count_correct(logits: Array, labels: Array, *, ignore_index: int = -100) -> Array:
+    hits = (logits.argmax(1) == labels) & (labels != ignore_index)
+    return np.asarray(hits.sum(), dtype=np.int64)
+
+
+define(
+    "count_correct",
+    type_rule=_count_correct_rule,
+    reference=_count_correct,
+    samples=[
+        Sample((f32(50, 3), np.arange(50) % 3), {}, lambda t, x, y: (x.argmax(1) == y).sum()),
+        Sample(
+            (f32(50, 3), np.arange(50) % 3),
+            {"ignore_index": 0},
+            lambda t, x, y: ((x.argmax(1) == y) & (y != 0)).sum(),
+        ),
+    ],
+)
