@@ -1,0 +1,413 @@
+"""Optimizer steps: the new parameter and the new slots. ``step`` is 1 at the first step.
+
+With ``indices`` only those positions of ``p`` along ``axis`` are updated; the gradient and the slots have just them.
+The order of operations is that of torch.optim, so that trajectories agree to rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from pockc.ir import Array, TensorType
+from pockc.ops import Sample, define
+from pockc.ops.common import f32, require, require_axis, require_dtype, require_type
+
+STEP = TensorType((), "i64")
+
+
+def _require_update(p: TensorType, slices: Mapping[str, TensorType], indices: TensorType | None, axis: int) -> None:
+    """The gradient and the slots match the parameter, or the updated part of it."""
+    require_dtype("p", p, "f32")
+    expected = p
+    if indices is not None:
+        require_axis(axis, len(p.shape))
+        require(indices.dtype == "i32" and len(indices.shape) == 1, f"the indices must be i32[k], not {indices}")
+        require(indices.shape[0] <= p.shape[axis], f"{indices} holds more indices than axis {axis} of {p} has")
+        expected = f32(*p.shape[:axis], indices.shape[0], *p.shape[axis + 1 :])
+    for name, slot in slices.items():
+        require_type(name, slot, expected)
+
+
+def _part(p: Array, indices: Array | None, axis: int) -> Array:
+    return p if indices is None else np.take(p, indices, axis)
+
+
+def _written(p: Array, part: Array, indices: Array | None, axis: int) -> Array:
+    """A copy of ``p`` with the updated part in its place."""
+    if indices is None:
+        return np.asarray(part, dtype=p.dtype)
+    result = p.copy()
+    result[(slice(None),) * axis + (indices,)] = part
+    return result
+
+
+# sgd
+
+
+def _sgd_rule(
+    p: TensorType,
+    g: TensorType,
+    lr: TensorType,
+    indices: TensorType | None = None,
+    *,
+    weight_decay: float = 0.0,
+    axis: int = 0,
+) -> TensorType:
+    _require_update(p, {"g": g}, indices, axis)
+    require_type("lr", lr, f32())
+    return p
+
+
+def _sgd(
+    p: Array, g: Array, lr: Array, indices: Array | None = None, *, weight_decay: float = 0.0, axis: int = 0
+) -> Array:
+    part = _part(p, indices, axis)
+    return _written(p, part - lr * (g + weight_decay * part), indices, axis)
+
+
+def _samples(
+    slots: int, scalars: tuple[Any, ...], attrs: tuple[Mapping[str, Any], ...], torch: Any = None
+) -> list[Sample]:
+    """Whole and indexed updates for every set of attributes; slots are positive, as squares are.
+
+    ``torch(attrs)`` makes the torch counterpart of the whole update.
+    """
+    whole = (f32(5, 7), *(f32(5, 7),) * (1 + slots), *scalars)
+    found = [Sample(whole, a, torch and torch(a), low=0.1) for a in attrs]
+    found.append(Sample((f32(), *(f32(),) * (1 + slots), *scalars), attrs[0], torch and torch(attrs[0]), low=0.1))
+    last = attrs[-1]
+    first_axis = (f32(5, 7), *(f32(2, 7),) * (1 + slots), *scalars, np.array([3, 1], np.int32))
+    second_axis = (f32(2, 6, 3), *(f32(2, 3, 3),) * (1 + slots), *scalars, np.array([0, 2, 5], np.int32))
+    return [*found, Sample(first_axis, last, low=0.1), Sample(second_axis, {**last, "axis": 1}, low=0.1)]
+
+
+RATE = np.float32(0.05)
+
+
+def _torch_step(name: str, slots: tuple[str, ...], options: Mapping[str, Any], has_step: bool) -> Any:
+    """One step of a torch optimizer from given slots: ``(torch, p, g, *slots, lr, [step])`` -> new p and slots."""
+
+    def run(torch: Any, p: Any, g: Any, *rest: Any) -> Any:
+        given, lr, step = rest[: len(slots)], rest[len(slots)], rest[-1] if has_step else None
+        parameter = torch.nn.Parameter(p.clone())
+        parameter.grad = g.clone()
+        optimizer = getattr(torch.optim, name)([parameter], lr=float(lr), foreach=False, **options)
+        state = {slot: value.clone() for slot, value in zip(slots, given, strict=True)}
+        if has_step:
+            state["step"] = (step - 1).float()  # torch counts before it steps
+        optimizer.state[parameter] = state
+        optimizer.step()
+        return parameter.detach(), *(state[slot] for slot in slots)
+
+    return run
+
+
+define(
+    "sgd",
+    type_rule=_sgd_rule,
+    reference=_sgd,
+    samples=_samples(
+        0,
+        (RATE,),
+        ({}, {"weight_decay": 0.1}),
+        lambda a: lambda t, *xs: _torch_step("SGD", (), a, False)(t, *xs)[0],
+    ),
+    in_place=(0,),
+)
+
+
+# momentum
+
+
+def _momentum_rule(
+    p: TensorType,
+    g: TensorType,
+    m: TensorType,
+    lr: TensorType,
+    step: TensorType,
+    indices: TensorType | None = None,
+    *,
+    momentum: float,
+    dampening: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    axis: int = 0,
+) -> tuple[TensorType, TensorType]:
+    _require_update(p, {"g": g, "m": m}, indices, axis)
+    require_type("lr", lr, f32())
+    require_type("step", step, STEP)
+    require(not nesterov or (momentum > 0 and dampening == 0), "nesterov needs momentum above 0 and no dampening")
+    return p, m
+
+
+def _momentum(
+    p: Array,
+    g: Array,
+    m: Array,
+    lr: Array,
+    step: Array,
+    indices: Array | None = None,
+    *,
+    momentum: float,
+    dampening: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    axis: int = 0,
+) -> tuple[Array, Array]:
+    part = _part(p, indices, axis)
+    g = g + weight_decay * part
+    m = np.asarray(g if step == 1 else momentum * m + (1 - dampening) * g)
+    direction = g + momentum * m if nesterov else m
+    return _written(p, part - lr * direction, indices, axis), m
+
+
+_MOMENTUM_ATTRS = (
+    {"momentum": 0.9},
+    {"momentum": 0.9, "dampening": 0.5},
+    {"momentum": 0.8, "nesterov": True, "weight_decay": 0.1},
+)
+
+
+def _torch_momentum(attrs: Mapping[str, Any]) -> Any:
+    def run(torch: Any, p: Any, g: Any, m: Any, lr: Any, step: Any) -> Any:
+        if step == 1:  # torch's slot does not exist yet
+            expected = g + attrs.get("weight_decay", 0.0) * p
+            direction = expected + attrs["momentum"] * expected if attrs.get("nesterov") else expected
+            return p - lr * direction, expected
+        return _torch_step("SGD", ("momentum_buffer",), attrs, False)(torch, p, g, m, lr)
+
+    return run
+
+
+define(
+    "momentum",
+    type_rule=_momentum_rule,
+    reference=_momentum,
+    samples=[
+        *_samples(1, (RATE, np.int64(1)), _MOMENTUM_ATTRS, _torch_momentum),
+        *_samples(1, (RATE, np.int64(3)), _MOMENTUM_ATTRS, _torch_momentum),
+    ],
+    in_place=(0,),
+)
+
+
+# adam
+
+
+def _adam_rule(
+    p: TensorType,
+    g: TensorType,
+    m: TensorType,
+    v: TensorType,
+    lr: TensorType,
+    step: TensorType,
+    indices: TensorType | None = None,
+    *,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    weight_decay: float = 0.0,
+    decoupled: bool = True,
+    axis: int = 0,
+) -> tuple[TensorType, TensorType, TensorType]:
+    _require_update(p, {"g": g, "m": m, "v": v}, indices, axis)
+    require_type("lr", lr, f32())
+    require_type("step", step, STEP)
+    require(0 <= beta1 < 1 and 0 <= beta2 < 1, f"the betas must lie in [0, 1), not {beta1} and {beta2}")
+    return p, m, v
+
+
+def _adam(
+    p: Array,
+    g: Array,
+    m: Array,
+    v: Array,
+    lr: Array,
+    step: Array,
+    indices: Array | None = None,
+    *,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    weight_decay: float = 0.0,
+    decoupled: bool = True,
+    axis: int = 0,
+) -> tuple[Array, Array, Array]:
+    part = _part(p, indices, axis)
+    rate = float(lr)
+    if decoupled:
+        part = part * (1 - rate * weight_decay)
+    else:
+        g = g + weight_decay * part
+    m = np.asarray(m + (1 - beta1) * (g - m))
+    v = np.asarray(beta2 * v + (1 - beta2) * g * g)
+    count = int(step)
+    step_size = rate / (1 - beta1**count)
+    denominator = np.sqrt(v) / math.sqrt(1 - beta2**count) + epsilon
+    return _written(p, part - step_size * (m / denominator), indices, axis), m, v
+
+
+_ADAM = {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8}
+_ADAM_ATTRS = (
+    _ADAM,
+    {**_ADAM, "weight_decay": 0.1},
+    {**_ADAM, "weight_decay": 0.1, "decoupled": False},
+    {"beta1": 0.8, "beta2": 0.95, "epsilon": 1e-3, "weight_decay": 0.01},
+)
+
+
+def _torch_adam(attrs: Mapping[str, Any]) -> Any:
+    options = {
+        "betas": (attrs["beta1"], attrs["beta2"]),
+        "eps": attrs["epsilon"],
+        "weight_decay": attrs.get("weight_decay", 0.0),
+    }
+    return _torch_step("AdamW" if attrs.get("decoupled", True) else "Adam", ("exp_avg", "exp_avg_sq"), options, True)
+
+
+define(
+    "adam",
+    type_rule=_adam_rule,
+    reference=_adam,
+    samples=[
+        *_samples(2, (RATE, np.int64(1)), _ADAM_ATTRS, _torch_adam),
+        *_samples(2, (RATE, np.int64(7)), _ADAM_ATTRS, _torch_adam),
+    ],
+    in_place=(0,),
+)
+
+
+# lion: Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms"
+
+
+def _lion_rule(
+    p: TensorType,
+    g: TensorType,
+    m: TensorType,
+    lr: TensorType,
+    indices: TensorType | None = None,
+    *,
+    beta1: float,
+    beta2: float,
+    weight_decay: float = 0.0,
+    axis: int = 0,
+) -> tuple[TensorType, TensorType]:
+    _require_update(p, {"g": g, "m": m}, indices, axis)
+    require_type("lr", lr, f32())
+    require(0 <= beta1 < 1 and 0 <= beta2 < 1, f"the betas must lie in [0, 1), not {beta1} and {beta2}")
+    return p, m
+
+
+def _lion(
+    p: Array,
+    g: Array,
+    m: Array,
+    lr: Array,
+    indices: Array | None = None,
+    *,
+    beta1: float,
+    beta2: float,
+    weight_decay: float = 0.0,
+    axis: int = 0,
+) -> tuple[Array, Array]:
+    rate = float(lr)
+    part = _part(p, indices, axis) * (1 - rate * weight_decay)
+    direction = np.sign(beta1 * m + (1 - beta1) * g)
+    m = np.asarray(beta2 * m + (1 - beta2) * g)
+    return _written(p, part - rate * direction, indices, axis), m
+
+
+def _torch_lion(attrs: Mapping[str, Any]) -> Any:
+    def run(torch: Any, p: Any, g: Any, m: Any, lr: Any) -> Any:
+        p = p.mul(1 - lr * attrs.get("weight_decay", 0.0))
+        direction = torch.lerp(g, m, attrs["beta1"]).sign()
+        return p.sub(lr * direction), torch.lerp(g, m, attrs["beta2"])
+
+    return run
+
+
+define(
+    "lion",
+    type_rule=_lion_rule,
+    reference=_lion,
+    samples=_samples(
+        1,
+        (RATE,),
+        ({"beta1": 0.9, "beta2": 0.99}, {"beta1": 0.95, "beta2": 0.98, "weight_decay": 0.1}),
+        _torch_lion,
+    ),
+    in_place=(0,),
+)
+
+
+# learning_rate
+
+
+def _learning_rate_rule(
+    base: TensorType,
+    step: TensorType,
+    *,
+    schedule: str,
+    warmup_steps: int = 0,
+    total_steps: int = 0,
+    step_size: int = 0,
+    minimum: float = 0.0,
+    factor: float = 1.0,
+) -> TensorType:
+    require_type("base", base, f32())
+    require_type("step", step, STEP)
+    known = ("constant", "linear", "cosine", "step")
+    require(schedule in known, f"there is no schedule {schedule!r}; there are {', '.join(known)}")
+    require(schedule not in ("linear", "cosine") or total_steps > 0, f"a {schedule} schedule needs total_steps")
+    require(schedule != "step" or step_size > 0, "a step schedule needs step_size")
+    require(warmup_steps >= 0, f"warmup_steps must not be negative, not {warmup_steps}")
+    return base
+
+
+def _learning_rate(
+    base: Array,
+    step: Array,
+    *,
+    schedule: str,
+    warmup_steps: int = 0,
+    total_steps: int = 0,
+    step_size: int = 0,
+    minimum: float = 0.0,
+    factor: float = 1.0,
+) -> Array:
+    done = int(step) - 1
+    if done < warmup_steps:
+        return np.asarray(float(base) * (done + 1) / warmup_steps, dtype=base.dtype)
+    after = done - warmup_steps
+    fraction = min(1.0, after / max(1, total_steps - warmup_steps))
+    match schedule:
+        case "linear":
+            share = minimum + (1 - minimum) * (1 - fraction)
+        case "cosine":
+            share = minimum + (1 - minimum) * (1 + math.cos(math.pi * fraction)) / 2
+        case "step":
+            share = factor ** (after // step_size)
+        case _:
+            share = 1.0
+    return np.asarray(float(base) * share, dtype=base.dtype)
+
+
+_SCHEDULES: tuple[Mapping[str, Any], ...] = (
+    {"schedule": "constant"},
+    {"schedule": "constant", "warmup_steps": 4},
+    {"schedule": "linear", "warmup_steps": 2, "total_steps": 10, "minimum": 0.1},
+    {"schedule": "cosine", "total_steps": 10},
+    {"schedule": "cosine", "warmup_steps": 3, "total_steps": 9, "minimum": 0.05},
+    {"schedule": "step", "step_size": 3, "factor": 0.1},
+)
+
+define(
+    "learning_rate",
+    type_rule=_learning_rate_rule,
+    reference=_learning_rate,
+    samples=[Sample((RATE, np.int64(step)), a) for a in _SCHEDULES for step in (1, 2, 4, 7, 10, 50)],
+)
