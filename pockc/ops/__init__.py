@@ -23,9 +23,7 @@ if TYPE_CHECKING:
     Reference = Callable[..., Array | tuple[Array, ...]]
     # vjp(builder, node, cotangents, need) -> one gradient per input; None where not needed or not differentiable.
     # A cotangent is None where nothing flows into that output. `need` holds the input indices that are wanted.
-    Vjp = Callable[
-        [Builder, Node, tuple[Value | None, ...], frozenset[int]], Sequence[Value | None]
-    ]
+    Vjp = Callable[[Builder, Node, tuple[Value | None, ...], frozenset[int]], Sequence[Value | None]]
 
 FAMILIES = (
     "elementwise", "activation", "masks", "reduce", "shape", "linear", "conv", "pool", "norm", "softmax",

@@ -151,9 +151,7 @@ def _conv2d(
 
 def _conv2d_vjp(builder: Builder, node: Node, cotangents: Cotangents, need: Need) -> Gradients:
     if len(node.inputs) > 2 or node.attrs["activation"] != "none":
-        raise InternalError(
-            f"{node.origin}: a fused conv2d has no gradient: fuse after differentiation"
-        )
+        raise InternalError(f"{node.origin}: a fused conv2d has no gradient: fuse after differentiation")
     ct = cotangent_of(node, cotangents)
     x, w = node.inputs
     window = {name: node.attrs[name] for name in ("stride", "padding", "dilation", "groups")}

@@ -73,9 +73,7 @@ def _matmul(
 
 def _matmul_vjp(builder: Builder, node: Node, cotangents: Cotangents, need: Need) -> Gradients:
     if len(node.inputs) > 2 or node.attrs["activation"] != "none":
-        raise InternalError(
-            f"{node.origin}: a fused matmul has no gradient: fuse after differentiation"
-        )
+        raise InternalError(f"{node.origin}: a fused matmul has no gradient: fuse after differentiation")
     ct = cotangent_of(node, cotangents)
     left = _left_gradient(builder, node, ct) if 0 in need else None
     right = _right_gradient(builder, node, ct) if 1 in need else None
