@@ -58,7 +58,7 @@ def write(program: Program, path: str | Path, *, golden: bytes = b"") -> None:
     if golden:
         sections["golden"] = [golden]
     model_hash = hashlib.sha256(body + tables.signature()).digest()
-    _write_atomically(Path(path), list(_layout(sections, model_hash)))
+    write_atomically(Path(path), _layout(sections, model_hash))
 
 
 def flatten(op: str, attrs: Mapping[str, Any]) -> tuple[list[int], list[float]]:
@@ -250,8 +250,8 @@ def _layout(sections: Mapping[str, list[bytes | memoryview]], model_hash: bytes)
     yield from body
 
 
-def _write_atomically(path: Path, chunks: list[bytes | memoryview]) -> None:
-    """Into a temporary file beside the target, flushed to the disk, then renamed over it."""
+def write_atomically(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+    """Into a temporary file beside the target, flushed to the disk, then renamed over it. Raises UserError."""
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

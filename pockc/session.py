@@ -228,4 +228,4 @@ def _converted(name: str, value: Any, wanted: abi.Tensor) -> Array:
         hint = f"Build with --batch-size {array.shape[0]}, or pad the batch." if same_item else ""
         shapes = f"{name} has shape {list(array.shape)}, the program wants {list(wanted.shape)}"
         raise UserError(shapes, instead=hint)
-    return np.ascontiguousarray(array, target)
+    return np.asarray(array, target, order="C")

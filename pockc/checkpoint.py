@@ -1,0 +1,100 @@
+"""Checkpoints (safetensors files of the runtime) and the export of tuned parameters for the original model."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load as load_bytes
+from safetensors.numpy import save as save_bytes
+
+from pockc.artifact import Artifact, read
+from pockc.artifact_writer import write_atomically
+from pockc.errors import UserError
+from pockc.ir import Array
+
+FORMAT = "pockc-checkpoint-1"
+
+
+def read_checkpoint(path: str | Path, program: Artifact) -> dict[str, Array]:
+    """The updated states of a checkpoint by name, in the user's layout.
+
+    Raises:
+        UserError: the file is missing, corrupt, or a checkpoint of another program.
+    """
+    content = _file_bytes(path)
+    tensors = _parse(path, content)
+    metadata = _metadata(path)
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{path} is not a checkpoint of this version", supported=f"files that {FORMAT} marks")
+    if metadata.get("model_hash") != program.model_hash:
+        raise UserError(
+            f"{path} is a checkpoint of another program than {program.path}",
+            instead="Export it with the program that it was saved from.",
+        )
+    (header_bytes,) = struct.unpack_from("<Q", content)
+    if metadata.get("crc32") != str(zlib.crc32(content[8 + header_bytes :])):
+        raise UserError(f"{path} is corrupt: the checksum of its data is wrong", instead="Use an earlier checkpoint.")
+    return tensors
+
+
+def export(
+    program: str | Path,
+    output: str | Path,
+    *,
+    checkpoint: str | Path | None = None,
+    base: str | Path | None = None,
+) -> list[str]:
+    """Write parameters and buffers under their original names to a safetensors file that the model loads.
+
+    Trained ones come from the checkpoint (or have their initial values), frozen ones from the program; those that the
+    build folded into constants come from ``base``, the model's original weights, or are left out. Tied tensors are
+    written under each of their names.
+
+    Returns:
+        The names of parameters that the file lacks.
+
+    Raises:
+        UserError: a file is missing or corrupt, or the checkpoint is of another program.
+    """
+    artifact = read(program)
+    aliases: Mapping[str, str] = artifact.metadata.get("aliases", {})
+    tensors = _parse(base, _file_bytes(base)) if base else {}
+    own = {s.name: artifact.contents(s) for s in artifact.states if s.kind in ("parameter", "buffer")}
+    own = {name: array for name, array in own.items() if not name.startswith("pockc.")}
+    if checkpoint:
+        tuned = read_checkpoint(checkpoint, artifact)
+        own |= {name: tuned[name] for name in own if name in tuned}
+    for name, array in own.items():
+        if name in tensors and tensors[name].shape != array.shape:
+            raise UserError(
+                f"{base}: {name} has shape {list(tensors[name].shape)}, the program's has {list(array.shape)}",
+                instead="Give the weights of the model that was built as --base.",
+            )
+    tensors |= own
+    tensors |= {other: tensors[name] for other, name in aliases.items() if name in tensors}
+    contiguous = {name: array.copy(order="C") for name, array in tensors.items()}
+    write_atomically(Path(output), [save_bytes(contiguous, metadata={"format": "pt"})])
+    return [name for name in artifact.metadata.get("omitted", ()) if name not in tensors]
+
+
+def _file_bytes(path: str | Path) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _parse(path: str | Path, content: bytes) -> dict[str, Array]:
+    try:
+        return load_bytes(content)
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a safetensors file, or is cut off: {error}") from None
+
+
+def _metadata(path: str | Path) -> dict[str, str]:
+    with safe_open(str(path), "numpy") as file:
+        return dict(file.metadata() or {})
