@@ -15,6 +15,7 @@
 
 namespace pockc::ref {
 
+// Every kernel is declared here, so that a definition that differs from the list does not compile or link.
 #define POCKC_REF(op)             \
   Status check_##op(const Call&); \
   Status run_##op(const Call&);
@@ -354,6 +355,19 @@ inline void add_scaled(float factor, const float* __restrict x, float* __restric
     for (int lane = 0; lane < kLanes; ++lane) y[i + lane] += factor * x[i + lane];
   }
   for (int64_t i = whole; i < count; ++i) y[i] += factor * x[i];
+}
+
+// Refuses ids (`what`: "id", "index") outside [0, limit).
+template <typename T>
+Status require_range(const Tensor& ids, int64_t limit, const char* what) {
+  const T* values = ids.as<T>();
+  const int64_t count = ids.elements();
+  for (int64_t i = 0; i < count; ++i) {
+    if (values[i] >= 0 && values[i] < limit) continue;
+    return fail(PK_INVALID_ARGUMENT, "%s %lld at position %lld is outside [0, %lld)", what,
+                static_cast<long long>(values[i]), static_cast<long long>(i), static_cast<long long>(limit));
+  }
+  return PK_OK;
 }
 
 inline void fill_zero(const Tensor& tensor) { std::memset(tensor.data, 0, byte_count(tensor)); }

@@ -29,21 +29,16 @@ inline bool fits_update(const Call& call, int state, int scalars, int axis) {
          same_shape_except(p, g, axis) && g.dims[axis] == indices.dims[0];
 }
 
-inline bool indices_in_range(const Tensor& indices, int64_t limit) {
-  const int32_t* values = indices.as<int32_t>();
-  for (int64_t i = 0; i < indices.dims[0]; ++i) {
-    if (values[i] < 0 || values[i] >= limit) return false;
-  }
-  return true;
-}
-
 // Calls update(position in p, position in g and slots) for every updated element.
 template <typename Update>
 Status for_each_updated(const Call& call, int operands, int axis, Update&& update) {
   const Tensor& p = call.inputs[0];
   const Tensor& new_p = call.outputs[0];
   const bool sparse = call.input_count > operands;
-  if (sparse && !indices_in_range(call.inputs[operands], p.dims[axis])) return PK_INVALID_ARGUMENT;
+  if (sparse) {
+    const Status status = require_range<int32_t>(call.inputs[operands], p.dims[axis], "index");
+    if (status != PK_OK) return status;
+  }
   if (new_p.data != p.data) std::memcpy(new_p.data, p.data, byte_count(p));
   if (!sparse) {
     const int64_t elements = p.elements();

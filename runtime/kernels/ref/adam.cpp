@@ -1,0 +1,75 @@
+// adam(p, g, m, v, lr, step, [indices]; beta1, beta2, epsilon, weight_decay, decoupled, axis) -> (p', m', v')
+// torch.optim.AdamW when decoupled (p *= 1 - lr * weight_decay), else torch.optim.Adam (g += weight_decay *
+// p): m += (1 - beta1) * (g - m), v = beta2 * v + (1 - beta2) * g * g, p -= lr / (1 - beta1^step) * m /
+// (sqrt(v) / sqrt(1 - beta2^step) + epsilon). Scalars are computed in f64 and rounded once, as PyTorch does.
+#include <cmath>
+
+#include "optimizer.h"
+
+namespace pockc::ref {
+namespace {
+
+struct Adam {
+  double beta1, beta2, epsilon, weight_decay;
+  bool decoupled;
+  int axis;
+};
+
+Adam read(Attributes& attributes) {
+  Adam adam;
+  adam.beta1 = attributes.number();
+  adam.beta2 = attributes.number();
+  adam.epsilon = attributes.number();
+  adam.weight_decay = attributes.number();
+  adam.decoupled = attributes.boolean();
+  adam.axis = update_axis(attributes);
+  return adam;
+}
+
+// torch.lerp's two branches: the one that is exact at the nearer end.
+float interpolate(float start, float end, float weight) {
+  if (std::fabs(weight) < 0.5f) return start + weight * (end - start);
+  return end - (end - start) * (1.0f - weight);
+}
+
+}  // namespace
+
+Status check_adam(const Call& call) {
+  if (!has_operands(call, 6, 7, 3)) return PK_BAD_FILE;
+  Attributes attributes(call);
+  const Adam adam = read(attributes);
+  return verdict(attributes.valid() && fits_update(call, 4, 2, adam.axis));
+}
+
+Status run_adam(const Call& call) {
+  Attributes attributes(call);
+  const Adam adam = read(attributes);
+  const double rate = *call.inputs[4].as<float>();
+  const double step = static_cast<double>(*call.inputs[5].as<int64_t>());
+  const float shrink = static_cast<float>(1.0 - rate * adam.weight_decay);
+  const float decay = static_cast<float>(adam.weight_decay);
+  const float take1 = static_cast<float>(1.0 - adam.beta1);
+  const float beta2 = static_cast<float>(adam.beta2), take2 = static_cast<float>(1.0 - adam.beta2);
+  const float step_size = static_cast<float>(rate / (1.0 - std::pow(adam.beta1, step)));
+  const float correction = static_cast<float>(std::sqrt(1.0 - std::pow(adam.beta2, step)));
+  const float epsilon = static_cast<float>(adam.epsilon);
+  const bool decays = adam.weight_decay != 0.0, decoupled = adam.decoupled;
+  const float* g = call.inputs[1].as<float>();
+  const float* m = call.inputs[2].as<float>();
+  const float* v = call.inputs[3].as<float>();
+  float* p = call.outputs[0].as<float>();
+  float* new_m = call.outputs[1].as<float>();
+  float* new_v = call.outputs[2].as<float>();
+  return for_each_updated(call, 6, adam.axis, [=](int64_t at, int64_t from) {
+    float gradient = g[from];
+    if (decays && decoupled) p[at] *= shrink;
+    if (decays && !decoupled) gradient += decay * p[at];
+    const float mean = interpolate(m[from], gradient, take1);
+    const float square = beta2 * v[from] + take2 * gradient * gradient;
+    new_m[from] = mean;
+    new_v[from] = square;
+    p[at] -= step_size * mean / (std::sqrt(square) / correction + epsilon);
+  });
+}
+
+}  // namespace pockc::ref

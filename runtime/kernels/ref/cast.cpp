@@ -1,0 +1,67 @@
+// cast(x; dtype): f32, i64, i32 and bool to each other. Floats truncate; bool(x) is x != 0.
+// A float that the integer cannot hold, and NaN, give its lowest value; integers wrap.
+#include <limits>
+#include <type_traits>
+
+#include "common.h"
+
+namespace pockc::ref {
+namespace {
+
+struct Bool {
+  uint8_t value;
+};
+
+template <typename To, typename From>
+To convert(From x) {
+  if constexpr (std::is_same_v<From, Bool>) {
+    return convert<To>(static_cast<int32_t>(x.value != 0));
+  } else if constexpr (std::is_same_v<To, Bool>) {
+    return Bool{static_cast<uint8_t>(x != 0)};
+  } else if constexpr (std::is_floating_point_v<From> && std::is_integral_v<To>) {
+    constexpr From kLowest = static_cast<From>(std::numeric_limits<To>::min());
+    return x >= kLowest && x < -kLowest ? static_cast<To>(x) : std::numeric_limits<To>::min();
+  } else {
+    return static_cast<To>(x);
+  }
+}
+
+template <typename F>
+void with_number(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kF32:
+      return f(0.0f);
+    case DType::kI64:
+      return f(int64_t{0});
+    case DType::kI32:
+      return f(int32_t{0});
+    default:
+      return f(Bool{0});
+  }
+}
+
+}  // namespace
+
+Status check_cast(const Call& call) {
+  if (!has_operands(call, 1, 1, 1)) return PK_BAD_FILE;
+  const Tensor &x = call.inputs[0], &out = call.outputs[0];
+  Attributes attributes(call);
+  const int64_t dtype = attributes.integer(kTypeF32, kTypeBool) - kTypeF32;
+  return verdict(attributes.valid() && static_cast<int64_t>(out.dtype) == dtype && same_shape(x, out) &&
+                 x.dtype != DType::kU8 && out.dtype != DType::kU8);
+}
+
+Status run_cast(const Call& call) {
+  const Tensor &x = call.inputs[0], &out = call.outputs[0];
+  with_number(x.dtype, [&](auto from) {
+    with_number(out.dtype, [&](auto to) {
+      const auto* source = x.as<decltype(from)>();
+      auto* target = out.as<decltype(to)>();
+      const int64_t elements = out.elements();
+      for (int64_t i = 0; i < elements; ++i) target[i] = convert<decltype(to)>(source[i]);
+    });
+  });
+  return PK_OK;
+}
+
+}  // namespace pockc::ref
