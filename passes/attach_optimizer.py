@@ -175,4 +175,3 @@ class _Stage:
             return "adam", (rate, step), dict(beta1=beta1, beta2=beta2, epsilon=optimizer.eps, decoupled=decoupled)
         assert isinstance(optimizer, Lion), f"no op for {type(optimizer).__name__}"
         return "lion", (rate,), dict(beta1=optimizer.betas[0], beta2=optimizer.betas[1])
-

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from pockc.errors import InternalError
 from pockc.ir import Graph, Node, Value
-from pockc.passes.lifetimes import Buffer, buffers
+from pockc.passes.lifetimes import Buffer, buffers, updates_in_place
 
 ALIGNMENT = 64
 REPAIR_ROUNDS = 200  # attempts to improve the best order by moving the buffer that sets the peak to the front
@@ -44,6 +44,8 @@ def run(graph: Graph, workspace: Workspace) -> Placement:
     Pre:  `reorder` made every update in place or an explicit copy.
     Post: no two buffers that are alive at the same call overlap (`check` proves it).
     """
+    if late := [state.name for state in graph.updates if state not in updates_in_place(graph).values()]:
+        raise InternalError(f"memory plan: the new values of {', '.join(late)} cannot be written in place")
     owner = buffers(graph)
     planned = [b for b in dict.fromkeys(owner.values()) if b.state is None]
     scratch = [workspace(node) for node in graph.nodes]
@@ -62,6 +64,7 @@ def run(graph: Graph, workspace: Workspace) -> Placement:
 
 
 def aligned(nbytes: int) -> int:
+    """The size rounded up to the alignment of the arena."""
     return (nbytes + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
 
 

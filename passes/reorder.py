@@ -5,9 +5,11 @@ from __future__ import annotations
 import heapq
 from dataclasses import replace
 
-from pockc.ir import Builder, Graph, Node, Value
+from pockc.ir import Builder, Graph, Node, Origin, Value
 from pockc.passes.lifetimes import readers_of_states, updates_in_place
 from pockc.recipe import Recipe
+
+FREE = 64  # a node that adds no more bytes than this runs as soon as it can: counters and rates are not worth waiting
 
 
 def run(graph: Graph, recipe: Recipe) -> Graph:
@@ -72,20 +74,19 @@ class _ListScheduler:
 
     def order(self) -> tuple[Node, ...]:
         ready = [index for index, count in enumerate(self.waiting) if count == 0]  # sorted, hence a heap
-        order: list[Node] = []
+        eager = list(ready)
+        order: list[int] = []
         while ready:
-            eager = [heapq.heappop(ready)]
-            if self.done[eager[0]]:
-                continue
-            first = True
             while eager:
-                index = eager.pop()
-                if self.done[index] or not (first or self._net_bytes(index) <= 0):
-                    continue
-                first = False
-                order.append(self.nodes[index])
-                eager.extend(self._complete(index, ready))
-        return tuple(order)
+                candidate = eager.pop()
+                if not self.done[candidate] and self._net_bytes(candidate) <= FREE:
+                    order.append(candidate)
+                    eager.extend(self._complete(candidate, ready))
+            following = heapq.heappop(ready)
+            if not self.done[following]:
+                order.append(following)
+                eager = self._complete(following, ready)
+        return tuple(self.nodes[index] for index in order)
 
     def _complete(self, index: int, ready: list[int]) -> list[int]:
         """Mark a node as run; returns the ready nodes whose cost that may have changed."""
@@ -157,20 +158,19 @@ def _reachable(start: int, followers: list[list[int]]) -> set[int]:
 
 
 def _materialise_updates(graph: Graph) -> Graph:
-    """Append a `copy` for every update that cannot be written in place, and for outputs that are bare operands."""
-    in_place = updates_in_place(graph)
-    homes = {state: value for value, state in in_place.items()}
-    builder = Builder(graph)
-    updates: dict[Value, Value] = {}
-    for state, value in graph.updates.items():
-        if homes.get(state) is value:
-            updates[state] = value
-            continue
-        maker = next((node for node in graph.nodes if value in node.outputs), None)
-        if maker is not None:
-            builder.origin = replace(maker.origin, phase="update")
-        updates[state] = builder("copy", value, hint=f"{state.name}.new")
-    bare = {*graph.inputs, *graph.states}
-    outputs = {name: builder("copy", v, hint=name) if v in bare else v for name, v in graph.outputs.items()}
-    return builder.build(outputs, updates)
+    """Append a `copy` for every update that cannot be written in place, and for outputs that are bare operands.
 
+    A copy into one state may itself have to wait for a copy out of it (two states that swap): hence the loop.
+    """
+    bare = {*graph.inputs, *graph.states}
+    while True:
+        homes = {state: value for value, state in updates_in_place(graph).items()}
+        late = {state: value for state, value in graph.updates.items() if homes.get(state) is not value}
+        outputs = {name: value for name, value in graph.outputs.items() if value in bare}
+        if not late and not outputs:
+            return graph
+        builder = Builder(graph)
+        builder.origin = Origin(module="<states>", phase="update")
+        copies = {state: builder("copy", value, hint=f"{state.name}.new") for state, value in late.items()}
+        copied_outputs = {name: builder("copy", value, hint=name) for name, value in outputs.items()}
+        graph = builder.build({**graph.outputs, **copied_outputs}, {**graph.updates, **copies})

@@ -67,7 +67,9 @@ def build(
     target = devices.find(device)
     imported = trace(model, example_inputs, loss=loss, batchnorm=batchnorm)
     needs_eval_graph = bool(getattr(model, "training", False)) or batchnorm == "train"
-    evaluated = trace(model, example_inputs, loss=loss, batchnorm="freeze", training=False) if needs_eval_graph else None
+    evaluated = (
+        trace(model, example_inputs, loss=loss, batchnorm="freeze", training=False) if needs_eval_graph else None
+    )
 
     parameters = {
         value.name: state.original().shape
@@ -91,6 +93,7 @@ def build(
         batchnorm=batchnorm,
         accumulation=accumulation,
         threads=target.threads,
+        updated_buffers=frozenset(state.name for state in imported.graph.updates),
         disabled=disabled,
     )
     manager = Manager(recipe)
@@ -202,4 +205,3 @@ def _trained_elements(graph: Graph) -> int:
         if graph.states[state].kind == "parameter":
             total += makers[value].inputs[1].type.elements
     return total
-

@@ -34,10 +34,12 @@ class TensorType:
 
     @property
     def elements(self) -> int:
+        """Number of elements; 1 for a scalar."""
         return prod(self.shape)
 
     @property
     def nbytes(self) -> int:
+        """Size of the dense tensor."""
         return self.elements * DTYPES[self.dtype]
 
     def __str__(self) -> str:
@@ -122,6 +124,7 @@ class Graph:
         return found
 
     def producers(self) -> dict[Value, Node]:
+        """The node that makes each value."""
         return {output: node for node in self.nodes for output in node.outputs}
 
     def consumers(self) -> dict[Value, list[Node]]:
@@ -148,6 +151,7 @@ class Builder:
         self._constants: dict[tuple[bytes, TensorType], Value] = {}
 
     def input(self, name: str, type_: TensorType) -> Value:
+        """A new input, last in the list."""
         self.inputs.append(value := Value(name, type_))
         return value
 
@@ -159,7 +163,7 @@ class Builder:
 
     def constant(self, data: Array | float | int, dtype: str = "f32", hint: str = "constant") -> Value:
         """A frozen state with these contents; equal small constants of one builder are shared."""
-        array = np.ascontiguousarray(np.asarray(data, dtype=NUMPY_DTYPES[dtype]))
+        array = np.asarray(data, dtype=NUMPY_DTYPES[dtype], order="C")  # ascontiguousarray would make scalars 1-D
         key = (array.tobytes(), TensorType(tuple(array.shape), dtype))
         if array.size <= 64 and key in self._constants:
             return self._constants[key]

@@ -29,4 +29,5 @@ class Recipe:
     batchnorm: BatchNorm = "fold"
     accumulation: int = 1
     threads: int = 1
+    updated_buffers: frozenset[str] = frozenset()  # running statistics that a training entry updates
     disabled: frozenset[str] = frozenset()  # names of passes that the user switched off, for ablation
