@@ -129,23 +129,32 @@ def infer(
         UserError: the operands or attributes break the op's type rule; the message starts with ``origin``.
         InternalError: there is no such op, or no such attribute.
     """
-    load_families()
-    if op not in OPS:
-        raise InternalError(f"{origin}: there is no op {op!r}")
-    declared = OPS[op].attributes
-    unknown = set(attrs) - set(declared)
-    if unknown:
-        raise InternalError(f"{origin}: {op} has no attribute {', '.join(sorted(unknown))}")
-    parameters = _keyword_only(OPS[op].type_rule)
-    complete = {p.name: _plain(p, attrs.get(p.name, p.default)) for p in parameters}
-    missing = [name for name, value in complete.items() if value is inspect.Parameter.empty]
-    if missing:
-        raise InternalError(f"{origin}: {op} needs attribute {', '.join(missing)}")
+    complete = complete_attributes(op, attrs, origin)
     try:
         result = OPS[op].type_rule(*types, **complete)
     except ValueError as error:
         raise UserError(f"{op}: {error}", where=origin) from None
     return (result if isinstance(result, tuple) else (result,)), complete
+
+
+def complete_attributes(op: str, attrs: Mapping[str, Any], origin: Origin | str = "") -> dict[str, Any]:
+    """The attributes with defaults, in canonical order and as plain Python values.
+
+    Raises:
+        InternalError: there is no such op or attribute, or a required attribute is missing.
+    """
+    load_families()
+    if op not in OPS:
+        raise InternalError(f"{origin}: there is no op {op!r}")
+    declared = _keyword_only(OPS[op].type_rule)
+    unknown = set(attrs) - {p.name for p in declared}
+    if unknown:
+        raise InternalError(f"{origin}: {op} has no attribute {', '.join(sorted(unknown))}")
+    complete = {p.name: _plain(p, attrs.get(p.name, p.default)) for p in declared}
+    missing = [name for name, value in complete.items() if value is inspect.Parameter.empty]
+    if missing:
+        raise InternalError(f"{origin}: {op} needs attribute {', '.join(missing)}")
+    return complete
 
 
 _loaded = False

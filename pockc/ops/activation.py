@@ -92,19 +92,19 @@ _activation(
 # y = x s(x) with s the sigmoid, s' = s (1 - s): dy/dx = s + x s (1 - s) = s (1 + x (1 - s)).
 def _silu_grad(ct: Array, x: Array) -> Array:
     s = sigmoid(x)
-    return ct * (s * (1 + x * (1 - s)))
+    return np.asarray(ct * (s * (1 + x * (1 - s))))
 
 
 _activation("silu", lambda x: x * sigmoid(x), _silu_grad, lambda t, x: t.nn.functional.silu(x), saves="x")
 
 
 def _hardsigmoid(x: Array) -> Array:
-    return np.clip(x + 3, 0, 6) / 6
+    return np.asarray(np.clip(x + 3, 0, 6) / 6)
 
 
 # y = x clip(x + 3, 0, 6) / 6: 0 below -3, x (x + 3) / 6 with slope x / 3 + 1 / 2 inside, x above 3.
 def _hardswish_grad(ct: Array, x: Array) -> Array:
-    return ct * np.where(x <= -3, 0, np.where(x < 3, x / 3 + 0.5, 1)).astype(x.dtype)
+    return np.asarray(ct * np.where(x <= -3, 0, np.where(x < 3, x / 3 + 0.5, 1)).astype(x.dtype))
 
 
 def _hardsigmoid_grad(ct: Array, x: Array) -> Array:
@@ -135,8 +135,8 @@ _SCALE = math.sqrt(2 / math.pi)
 
 def _gelu(x: Array, *, approximate: bool = False) -> Array:
     if approximate:
-        return 0.5 * x * (1 + np.tanh(_SCALE * (x + _CUBIC * x * x * x)))
-    return 0.5 * x * (1 + erf(x * math.sqrt(0.5)))
+        return np.asarray(0.5 * x * (1 + np.tanh(_SCALE * (x + _CUBIC * x * x * x))))
+    return np.asarray(0.5 * x * (1 + erf(x * math.sqrt(0.5))))
 
 
 # Exact: y = x P(x) with the normal distribution P and its density p, so dy/dx = P + x p.
@@ -146,9 +146,9 @@ def _gelu_grad(ct: Array, x: Array, *, approximate: bool = False) -> Array:
     if approximate:
         t = np.tanh(_SCALE * (x + _CUBIC * x * x * x))
         slope = _SCALE * (1 + 3 * _CUBIC * x * x)
-        return ct * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * slope)
+        return np.asarray(ct * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * slope))
     density = np.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
-    return ct * (0.5 * (1 + erf(x * math.sqrt(0.5))) + x * density)
+    return np.asarray(ct * (0.5 * (1 + erf(x * math.sqrt(0.5))) + x * density))
 
 
 _activation(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from pockc.ir import Array, Builder, Node, TensorType, Value
@@ -52,7 +54,7 @@ def _cross_entropy_gradient(b: Builder, node: Node, ct: Value) -> Value:
 _LABELS = np.array([1, 0, 4, 2])
 _SOME_IGNORED = np.array([1, -100, 4, -100])
 _PADDED = np.array([0, 3, 0, 2])
-_CASES = (
+_CASES: tuple[tuple[TensorType, Array, dict[str, Any]], ...] = (
     (f32(4, 5), _LABELS, {}),
     (f32(4, 5), _SOME_IGNORED, {}),
     (f32(4, 5), _PADDED, {"ignore_index": 0}),
@@ -96,7 +98,7 @@ def _cross_entropy_grad(
     gradient = np.exp(log_softmax(logits)) - label_smoothing / classes
     gradient[np.arange(rows), known] -= 1 - label_smoothing
     scale = ct / max(1, int(valid.sum()))
-    return np.where(valid[:, None], gradient * scale, np.zeros_like(gradient))
+    return np.asarray(np.where(valid[:, None], gradient * scale, np.zeros_like(gradient)))
 
 
 define(

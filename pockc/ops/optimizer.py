@@ -92,13 +92,13 @@ def _torch_step(name: str, slots: tuple[str, ...], options: Mapping[str, Any], h
     """One step of a torch optimizer from given slots: ``(torch, p, g, *slots, lr, [step])`` -> new p and slots."""
 
     def run(torch: Any, p: Any, g: Any, *rest: Any) -> Any:
-        given, lr, step = rest[: len(slots)], rest[len(slots)], rest[-1] if has_step else None
+        given, lr = rest[: len(slots)], rest[len(slots)]
         parameter = torch.nn.Parameter(p.clone())
         parameter.grad = g.clone()
         optimizer = getattr(torch.optim, name)([parameter], lr=float(lr), foreach=False, **options)
-        state = {slot: value.clone() for slot, value in zip(slots, given, strict=True)}
+        state: dict[str, Any] = {slot: value.clone() for slot, value in zip(slots, given, strict=True)}
         if has_step:
-            state["step"] = (step - 1).float()  # torch counts before it steps
+            state["step"] = (rest[-1] - 1).float()  # torch counts before it steps
         optimizer.state[parameter] = state
         optimizer.step()
         return parameter.detach(), *(state[slot] for slot in slots)

@@ -153,7 +153,7 @@ def _divisor(size: Pair, kernel: Pair, stride: Pair, padding: Padding, count_inc
     if count_include_pad:
         return np.full((1, *output, 1), kernel[0] * kernel[1], dtype)
     inside = padded(np.ones((1, *size, 1), dtype), padding)
-    return np.sum([tap for _, _, tap in taps(inside, kernel, stride, (1, 1), output)], axis=0, dtype=dtype)
+    return np.asarray(sum(tap for _, _, tap in taps(inside, kernel, stride, (1, 1), output)))
 
 
 def _avg_pool2d(x: Array, *, kernel: Pair, stride: Pair, padding: Padding, count_include_pad: bool = True) -> Array:
