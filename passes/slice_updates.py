@@ -78,9 +78,7 @@ def _elementwise(builder: Builder, node: Node, indices: Value, axis: int) -> Val
 
 def _transpose(builder: Builder, node: Node, indices: Value, axis: int) -> Value | None:
     permutation = node.attrs["permutation"]
-    return builder(
-        "transpose", _take(builder, node.inputs[0], indices, permutation[axis]), permutation=permutation
-    )
+    return builder("transpose", _take(builder, node.inputs[0], indices, permutation[axis]), permutation=permutation)
 
 
 def _reshape(builder: Builder, node: Node, indices: Value, axis: int) -> Value | None:

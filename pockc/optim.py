@@ -43,6 +43,7 @@ class Schedule:
 
     @property
     def is_constant(self) -> bool:
+        """Whether the base rate applies at every step."""
         return self.kind == "constant" and self.warmup_steps == 0
 
 
@@ -104,6 +105,7 @@ class SGD(Optimizer):
 
     @property
     def slots(self) -> tuple[str, ...]:
+        """The momentum, if there is one."""
         return ("momentum",) if self.momentum else ()
 
 
@@ -122,6 +124,7 @@ class Adam(Optimizer):
 
     @property
     def slots(self) -> tuple[str, ...]:
+        """First and second moment."""
         return ("adam_m", "adam_v")
 
 
@@ -141,6 +144,7 @@ class Lion(Optimizer):
 
     @property
     def slots(self) -> tuple[str, ...]:
+        """The momentum."""
         return ("lion_m",)
 
 
