@@ -1,0 +1,1 @@
+"""Frontends: what turns a user's model into a graph of the IR."""

@@ -1,0 +1,249 @@
+"""The same training steps in PyTorch eager: the reference that `pockc verify` compares a program with."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pockc.errors import UserError
+from pockc.ir import Array
+from pockc.optim import SGD, Adam, AdamW, Lion, Optimizer, Schedule
+from pockc.scheme import Channels, channel_axis, select_channels
+
+
+@dataclass(frozen=True, slots=True)
+class ModelNames:
+    """What schemes resolve against: shapes of parameters, other names of tied ones, class names of modules."""
+
+    parameters: dict[str, tuple[int, ...]]
+    aliases: dict[str, str]
+    modules: dict[str, str]
+
+
+def model_names(model: nn.Module) -> ModelNames:
+    """The names of a model, in order of definition."""
+    parameters = dict(model.named_parameters())
+    first = {id(parameter): name for name, parameter in parameters.items()}
+    everything = model.named_parameters(remove_duplicate=False)
+    aliases = {name: first[id(p)] for name, p in everything if name not in parameters}
+    modules = {path: type(module).__name__ for path, module in model.named_modules()}
+    return ModelNames({name: tuple(p.shape) for name, p in parameters.items()}, aliases, modules)
+
+
+def named_arrays(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...]) -> dict[str, Array]:
+    """Example inputs as numpy arrays, by the names of the parameters of ``forward``."""
+    if isinstance(example_inputs, tuple):
+        names = list(inspect.signature(model.forward).parameters)
+        example_inputs = dict(zip(names, example_inputs, strict=False))
+    return {name: np.array(torch.as_tensor(value)) for name, value in example_inputs.items()}
+
+
+@dataclass
+class Reference:
+    """A copy of a model, trained step by step with PyTorch's own optimizer.
+
+    Args:
+        model: Left as it is.
+        trained: Names of the updated parameters with their channel selections.
+        loss, loss_options, optimizer, batchnorm, accumulation: As for ``pockc.build``.
+
+    Raises:
+        UserError: the model would apply dropout, whose random numbers differ between the two.
+    """
+
+    model: nn.Module
+    trained: Mapping[str, Channels | None]
+    loss: str | Callable[..., Any] | None
+    optimizer: Optimizer
+    loss_options: Mapping[str, float] = field(default_factory=dict)
+    batchnorm: str = "fold"
+    accumulation: int = 1
+
+    def __post_init__(self) -> None:
+        _refuse_dropout(self.model)
+        self.model = copy.deepcopy(self.model)
+        for module in self.model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.train(self.batchnorm == "train")
+        self.masks: dict[str, Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in self.trained)
+            if channels := self.trained.get(name):
+                self.masks[name] = _channel_mask(parameter, channels)
+        self.micro_steps = 0
+        self.torch_optimizer = _torch_optimizer(self.optimizer, self._trained())
+
+    def train_step(self, inputs: Mapping[str, Array]) -> float:
+        """One (micro-)step; returns the loss before the update."""
+        loss = self._loss(_tensors(inputs))
+        (loss / self.accumulation).backward()  # type: ignore[no-untyped-call]
+        self.micro_steps += 1
+        if self.micro_steps % self.accumulation == 0:
+            self._update()
+        return float(loss.detach())
+
+    def arrays(self) -> dict[str, Array]:
+        """The trained parameters."""
+        return {name: parameter.detach().numpy().copy() for name, parameter in self._trained()}
+
+    def zero_gradients(self, inputs: Mapping[str, Array]) -> frozenset[str]:
+        """Trained parameters whose gradient is zero in exact arithmetic, judged by rounding noise in float64.
+
+        The bias of an attention's keys is one: softmax does not see it.
+        """
+        double = copy.deepcopy(self.model).double()
+        values = {name: v.double() if v.is_floating_point() else v for name, v in _tensors(inputs).items()}
+        self._loss(values, double).backward()  # type: ignore[no-untyped-call]
+        norms = {n: 0.0 if p.grad is None else float(p.grad.norm()) for n, p in double.named_parameters()}
+        total = math.sqrt(sum(norm * norm for norm in norms.values()))
+        return frozenset(name for name in self.trained if norms[name] <= 1e-12 * total)
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self.model.named_parameters() if name in self.trained]
+
+    def _loss(self, inputs: dict[str, Tensor], model: nn.Module | None = None) -> Tensor:
+        model = model or self.model
+        if self.loss is None:
+            return _model_loss(model(**inputs))
+        accepted = inspect.signature(model.forward).parameters
+        arguments = {name: value for name, value in inputs.items() if name != "labels" or name in accepted}
+        if isinstance(self.loss, str):
+            arguments.pop("labels", None)
+            return named_loss(self.loss, prediction(model(**arguments)), inputs["labels"], self.loss_options)
+        arguments.pop("labels", None)
+        result: Tensor = self.loss(prediction(model(**arguments)), inputs["labels"])
+        return result
+
+    def _update(self) -> None:
+        before = {name: p.detach().clone() for name, p in self._trained() if name in self.masks}
+        for name, parameter in self._trained():
+            if name in self.masks and parameter.grad is not None:
+                parameter.grad *= self.masks[name]
+        if self.optimizer.clip_norm is not None:
+            nn.utils.clip_grad_norm_([p for _, p in self._trained()], self.optimizer.clip_norm)
+        step = self.micro_steps // self.accumulation - 1
+        for group in self.torch_optimizer.param_groups:
+            group["lr"] = learning_rate(self.optimizer.schedule, self.optimizer.lr, step) * group["factor"]
+        self.torch_optimizer.step()
+        self.torch_optimizer.zero_grad()
+        with torch.no_grad():
+            for name, parameter in self._trained():
+                if name in self.masks:  # weight decay reached the channels that are not updated
+                    parameter.copy_(torch.where(self.masks[name].bool(), parameter, before[name]))
+
+
+def prediction(output: Any) -> Tensor:
+    """The tensor that a loss is computed from: ``.logits`` of an output object, else the first tensor."""
+    if isinstance(output, Mapping):
+        output = output.get("logits", next(iter(output.values())))
+    if isinstance(output, (tuple, list)):
+        output = output[0]
+    result: Tensor = getattr(output, "logits", output)
+    return result
+
+
+def named_loss(name: str, logits: Tensor, labels: Tensor, options: Mapping[str, float]) -> Tensor:
+    """The named losses of pockc/losses.py in PyTorch."""
+    if name == "causal_lm":
+        logits, labels = logits[..., :-1, :], labels[..., 1:]
+    if name in ("cross_entropy", "causal_lm"):
+        return F.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]),
+            labels.reshape(-1),
+            ignore_index=int(options.get("ignore_index", -100)),
+            label_smoothing=float(options.get("label_smoothing", 0.0)),
+        )
+    if name == "huber":
+        return F.huber_loss(logits, labels, delta=float(options.get("delta", 1.0)))
+    simple = {"bce_with_logits": F.binary_cross_entropy_with_logits, "mse": F.mse_loss, "l1": F.l1_loss}
+    return simple[name](logits, labels)
+
+
+def learning_rate(schedule: Schedule, base: float, step: int) -> float:
+    """The rate of an optimizer step, counted from 0."""
+    if step < schedule.warmup_steps:
+        return base * (step + 1) / schedule.warmup_steps
+    done = step - schedule.warmup_steps
+    fraction = min(1.0, done / max(1, schedule.total_steps - schedule.warmup_steps))
+    floor = schedule.minimum * base
+    if schedule.kind == "linear":
+        return floor + (base - floor) * (1 - fraction)
+    if schedule.kind == "cosine":
+        return floor + (base - floor) * (1 + math.cos(math.pi * fraction)) / 2
+    if schedule.kind == "step":
+        return float(base * schedule.factor ** (done // schedule.step_size))
+    return base
+
+
+class _Lion(torch.optim.Optimizer):
+    """Chen et al., 2023, algorithm 2; PyTorch has none."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    self._update(parameter, group)
+
+    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        if parameter.grad is None:
+            return
+        beta1, beta2 = group["betas"]
+        momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
+        direction = (beta1 * momentum + (1 - beta1) * parameter.grad).sign()
+        parameter -= group["lr"] * (direction + group["weight_decay"] * parameter)
+        momentum.mul_(beta2).add_(parameter.grad, alpha=1 - beta2)
+
+
+def _torch_optimizer(optimizer: Optimizer, named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+    groups: list[dict[str, Any]] = []
+    for name, parameter in named:
+        group = optimizer.group(name)
+        decay = {"weight_decay": group.weight_decay, "factor": group.learning_rate_factor}
+        groups.append({"params": [parameter], "lr": optimizer.lr, **decay})
+    if isinstance(optimizer, SGD):
+        settings = {"momentum": optimizer.momentum, "dampening": optimizer.dampening, "nesterov": optimizer.nesterov}
+        return torch.optim.SGD(groups, optimizer.lr, **settings)
+    if isinstance(optimizer, Adam):
+        kind = torch.optim.AdamW if isinstance(optimizer, AdamW) else torch.optim.Adam
+        return kind(groups, betas=optimizer.betas, eps=optimizer.eps)
+    if isinstance(optimizer, Lion):
+        return _Lion(groups, {"betas": optimizer.betas})
+    raise UserError(f"there is no PyTorch counterpart of {type(optimizer).__name__}")
+
+
+def _channel_mask(parameter: Tensor, channels: Channels) -> Tensor:
+    axis = channel_axis(tuple(parameter.shape))
+    chosen = select_channels(parameter.detach().numpy(), channels, axis)
+    mask = torch.zeros_like(parameter)
+    return mask.index_fill(axis, torch.from_numpy(chosen.astype(np.int64)), 1.0)
+
+
+def _refuse_dropout(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
+            raise UserError(
+                f"{path} ({type(module).__name__}) applies dropout, whose random numbers are not PyTorch's",
+                instead="Verify the model in eval mode: model.eval().",
+            )
+
+
+def _model_loss(output: Any) -> Tensor:
+    if isinstance(output, Mapping):
+        output = output["loss"]
+    if isinstance(output, (tuple, list)):
+        output = output[0]
+    result: Tensor = getattr(output, "loss", output)
+    return result
+
+
+def _tensors(inputs: Mapping[str, Array]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(np.array(value)) for name, value in inputs.items()}
