@@ -3,7 +3,8 @@
 
 #include "pockc/kernel.h"
 
-// kernels.inc ends by undefining its macros: each inclusion is preceded by the one meaning that it shall have.
+// kernels.inc ends by undefining its macros: each inclusion is preceded by the one meaning that it shall
+// have.
 #define POCKC_DECLARE_REF(op)     \
   Status check_##op(const Call&); \
   Status run_##op(const Call&);
