@@ -113,14 +113,12 @@ class Reference:
     def _loss(self, inputs: dict[str, Tensor], model: nn.Module | None = None) -> Tensor:
         model = model or self.model
         if self.loss is None:
-            return _model_loss(model(**inputs))
-        accepted = inspect.signature(model.forward).parameters
-        arguments = {name: value for name, value in inputs.items() if name != "labels" or name in accepted}
+            return _named_output(model(**inputs), "loss")
+        labels = inputs["labels"]
+        output = model(**{name: value for name, value in inputs.items() if name != "labels"})
         if isinstance(self.loss, str):
-            arguments.pop("labels", None)
-            return named_loss(self.loss, prediction(model(**arguments)), inputs["labels"], self.loss_options)
-        arguments.pop("labels", None)
-        result: Tensor = self.loss(prediction(model(**arguments)), inputs["labels"])
+            return named_loss(self.loss, _named_output(output, "logits"), labels, self.loss_options)
+        result: Tensor = self.loss(output, labels)
         return result
 
     def _update(self) -> None:
@@ -141,16 +139,6 @@ class Reference:
                     parameter.copy_(torch.where(self.masks[name].bool(), parameter, before[name]))
 
 
-def prediction(output: Any) -> Tensor:
-    """The tensor that a loss is computed from: ``.logits`` of an output object, else the first tensor."""
-    if isinstance(output, Mapping):
-        output = output.get("logits", next(iter(output.values())))
-    if isinstance(output, (tuple, list)):
-        output = output[0]
-    result: Tensor = getattr(output, "logits", output)
-    return result
-
-
 def named_loss(name: str, logits: Tensor, labels: Tensor, options: Mapping[str, float]) -> Tensor:
     """The named losses of pockc/losses.py in PyTorch."""
     if name == "causal_lm":
@@ -164,7 +152,11 @@ def named_loss(name: str, logits: Tensor, labels: Tensor, options: Mapping[str, 
         )
     if name == "huber":
         return F.huber_loss(logits, labels, delta=float(options.get("delta", 1.0)))
-    simple = {"bce_with_logits": F.binary_cross_entropy_with_logits, "mse": F.mse_loss, "l1": F.l1_loss}
+    simple: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "bce_with_logits": F.binary_cross_entropy_with_logits,
+        "mse": F.mse_loss,
+        "l1": F.l1_loss,
+    }
     return simple[name](logits, labels)
 
 
@@ -210,8 +202,9 @@ def _torch_optimizer(optimizer: Optimizer, named: Iterable[tuple[str, nn.Paramet
         decay = {"weight_decay": group.weight_decay, "factor": group.learning_rate_factor}
         groups.append({"params": [parameter], "lr": optimizer.lr, **decay})
     if isinstance(optimizer, SGD):
-        settings = {"momentum": optimizer.momentum, "dampening": optimizer.dampening, "nesterov": optimizer.nesterov}
-        return torch.optim.SGD(groups, optimizer.lr, **settings)
+        return torch.optim.SGD(
+            groups, optimizer.lr, optimizer.momentum, optimizer.dampening, nesterov=optimizer.nesterov
+        )
     if isinstance(optimizer, Adam):
         kind = torch.optim.AdamW if isinstance(optimizer, AdamW) else torch.optim.Adam
         return kind(groups, betas=optimizer.betas, eps=optimizer.eps)
@@ -236,12 +229,14 @@ def _refuse_dropout(model: nn.Module) -> None:
             )
 
 
-def _model_loss(output: Any) -> Tensor:
+def _named_output(output: Any, name: str) -> Tensor:
+    """What the frontend takes for the loss or the logits: the output of that name, else the first."""
     if isinstance(output, Mapping):
-        output = output["loss"]
-    if isinstance(output, (tuple, list)):
-        output = output[0]
-    result: Tensor = getattr(output, "loss", output)
+        result: Tensor = output[name] if name in output else next(iter(output.values()))
+    elif isinstance(output, (tuple, list)):
+        result = output[0]
+    else:
+        result = getattr(output, name, output)
     return result
 
 
