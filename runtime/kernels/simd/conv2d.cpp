@@ -1,0 +1,63 @@
+// conv2d: y[m, o] = sum over k = (tap, channel) of patch[m, k] w[o, k], m over all output pixels: one
+// implicit GEMM per group. Workspace: gemm_scratch floats per thread (depthwise: see convolution.h).
+#include "simd/convolution.h"
+
+namespace pockc {
+namespace POCKC_SIMD_NAMESPACE {
+namespace {
+
+Convolution describe(const Call& call, Epilogue* epilogue) {
+  Convolution c;
+  c.set_x(call.inputs[0]);
+  c.set_kernel(call.inputs[1]);
+  c.set_y(call.outputs[0]);
+  Attributes attributes(call);
+  c.read_attributes(&attributes);
+  epilogue->activation = attributes.integer();
+  epilogue->low = attributes.real();
+  epilogue->high = attributes.real();
+  if (call.input_count > 2) epilogue->bias = call.inputs[2].as<float>();
+  return c;
+}
+
+}  // namespace
+
+bool accepts_conv2d(const Call& call) {
+  Epilogue epilogue;
+  const Convolution c = describe(call, &epilogue);
+  if (!convolution_fits(call, c)) return false;
+  if (c.depthwise()) return has_workspace(call, 0, depthwise_floats(c));
+  return has_workspace(call, gemm_scratch(c.group_out(), c.taps() * c.group_in()));
+}
+
+Status run_conv2d(const Call& call) {
+  Epilogue epilogue;
+  const Convolution c = describe(call, &epilogue);
+  if (c.depthwise()) {
+    depthwise_forward(call, c, epilogue);
+    return PK_OK;
+  }
+  const float* x = call.inputs[0].as<float>();
+  Gemm g;
+  g.m = c.batch * c.out_height * c.out_width;
+  g.n = c.group_out();
+  g.k = c.taps() * c.group_in();
+  g.b.stride = g.k;
+  g.b.transposed = true;
+  g.c.stride = c.out_channels;
+  g.epilogue = epilogue;
+  for (int64_t group = 0; group < c.groups; ++group) {
+    const Patches patches = c.patches(x, group);
+    g.a.data = x + group * c.group_in();
+    g.a.stride = c.channels;
+    if (!c.pointwise()) g.a.patches = &patches;
+    g.b.data = call.inputs[1].as<float>() + group * g.n * g.k;
+    g.c.data = call.outputs[0].as<float>() + group * g.n;
+    if (epilogue.bias != nullptr) g.epilogue.bias = epilogue.bias + group * g.n;
+    gemm_parallel(call, g, workspace(call));
+  }
+  return PK_OK;
+}
+
+}  // namespace POCKC_SIMD_NAMESPACE
+}  // namespace pockc

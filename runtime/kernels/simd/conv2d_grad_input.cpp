@@ -1,0 +1,106 @@
+// conv2d_grad_input, in gather form. y[oh] reads x[oh s - p + r d]; so x[h] receives from oh = (h + p - r d)
+// / s, for those taps r where that division is exact. Which taps these are depends on h mod s alone: the
+// pixels of one such phase (per axis) form a grid, along which oh steps by one. Each phase is therefore an
+// ordinary implicit GEMM over the patches of ct, k = (its taps, out channel), and no multiplication by an
+// inserted zero is ever done. Workspace: gemm_scratch floats per thread (depthwise: see convolution.h).
+#include "simd/convolution.h"
+
+namespace pockc {
+namespace POCKC_SIMD_NAMESPACE {
+namespace {
+
+Convolution describe(const Call& call) {
+  Convolution c;
+  c.set_y(call.inputs[0]);
+  c.set_kernel(call.inputs[1]);
+  c.set_x(call.outputs[0]);
+  Attributes attributes(call);
+  int64_t size[2];
+  attributes.tuple(size, 2);
+  c.read_attributes(&attributes);
+  return c;
+}
+
+// The taps of one axis that reach the pixels of `phase`: descending, so that their offsets ascend as memory
+// does.
+int phase_taps(int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, int64_t phase,
+               int64_t* offsets, int64_t* taps) {
+  int count = 0;
+  for (int64_t r = kernel - 1; r >= 0; --r) {
+    const int64_t shifted = phase + padding - r * dilation;
+    if (shifted % stride != 0) continue;
+    offsets[count] = shifted / stride;
+    taps[count++] = r;
+  }
+  return count;
+}
+
+void zero_phase(const Call& call, const Gemm& g) {
+  parallel(call, g.m, 256, [&](int64_t begin, int64_t end, int) {
+    for (int64_t m = begin; m < end; ++m) zero_run(output_row(g.c, m), g.n);
+  });
+}
+
+void run_phase(const Call& call, const Convolution& c, int64_t group, int64_t phase_h, int64_t phase_w) {
+  const int64_t out = c.group_out();
+  Patches p;
+  p.image = call.inputs[0].as<float>() + group * out;
+  p.height = c.out_height, p.width = c.out_width, p.pitch = c.out_channels, p.channels = out;
+  p.grid_height = divide_up(c.height - phase_h, c.stride[0]);
+  p.grid_width = divide_up(c.width - phase_w, c.stride[1]);
+  int64_t rows[kMaxTaps], columns[kMaxTaps];
+  p.taps_h = phase_taps(c.kernel_h, c.stride[0], c.padding[0], c.dilation[0], phase_h, p.tap_h, rows);
+  p.taps_w = phase_taps(c.kernel_w, c.stride[1], c.padding[2], c.dilation[1], phase_w, p.tap_w, columns);
+  p.finish();
+  Gemm g;
+  g.m = c.batch * p.grid_height * p.grid_width;
+  g.n = c.group_in();
+  g.k = p.depth();
+  g.c.data = call.outputs[0].as<float>() + (phase_h * c.width + phase_w) * c.channels + group * g.n;
+  g.c.stride = c.channels * c.stride[1];
+  g.c.grid_height = p.grid_height, g.c.grid_width = p.grid_width;
+  g.c.row_pitch = c.channels * c.width * c.stride[0];
+  g.c.image_pitch = c.channels * c.width * c.height;
+  if (g.k == 0) {
+    zero_phase(call, g);
+    return;
+  }
+  int64_t offsets[kMaxTaps * kMaxTaps];
+  for (int r = 0; r < p.taps_h; ++r) {
+    for (int s = 0; s < p.taps_w; ++s) offsets[r * p.taps_w + s] = (rows[r] * c.kernel_w + columns[s]) * g.n;
+  }
+  g.a.data = p.image;
+  g.a.stride = c.out_channels;
+  if (!c.pointwise()) g.a.patches = &p;
+  g.b.data = call.inputs[1].as<float>() + group * out * c.taps() * g.n;
+  g.b.stride = c.taps() * g.n;
+  g.b.group_offsets = c.taps() == 1 ? nullptr : offsets;
+  g.b.group_size = out;
+  gemm_parallel(call, g, workspace(call));
+}
+
+}  // namespace
+
+bool accepts_conv2d_grad_input(const Call& call) {
+  const Convolution c = describe(call);
+  if (!convolution_fits(call, c)) return false;
+  if (c.depthwise()) return has_workspace(call, 0, depthwise_floats(c));
+  return has_workspace(call, gemm_scratch(c.group_in(), c.taps() * c.group_out()));
+}
+
+Status run_conv2d_grad_input(const Call& call) {
+  const Convolution c = describe(call);
+  if (c.depthwise()) {
+    depthwise_grad_input(call, c);
+    return PK_OK;
+  }
+  for (int64_t group = 0; group < c.groups; ++group) {
+    for (int64_t h = 0; h < minimum(c.stride[0], c.height); ++h) {
+      for (int64_t w = 0; w < minimum(c.stride[1], c.width); ++w) run_phase(call, c, group, h, w);
+    }
+  }
+  return PK_OK;
+}
+
+}  // namespace POCKC_SIMD_NAMESPACE
+}  // namespace pockc

@@ -1,0 +1,59 @@
+// conv2d_grad_weight: dw[o, k] = sum over output pixels m of ct[m, o] patch[m, k]: a GEMM whose inner
+// dimension is all output pixels, with ct read in place (transposed) and the patches of x packed on the fly
+// as its right matrix. Sums over m run in blocks of kDepth that are added in order, so rounding grows with
+// the block count, not with m. Workspace: gemm_scratch floats per thread (depthwise: see convolution.h).
+#include "simd/convolution.h"
+
+namespace pockc {
+namespace POCKC_SIMD_NAMESPACE {
+namespace {
+
+Convolution describe(const Call& call) {
+  Convolution c;
+  c.set_x(call.inputs[0]);
+  c.set_y(call.inputs[1]);
+  c.set_kernel(call.outputs[0]);
+  Attributes attributes(call);
+  int64_t kernel[2];
+  attributes.tuple(kernel, 2);
+  c.read_attributes(&attributes);
+  return c;
+}
+
+}  // namespace
+
+bool accepts_conv2d_grad_weight(const Call& call) {
+  const Convolution c = describe(call);
+  if (!convolution_fits(call, c)) return false;
+  if (c.depthwise()) return has_workspace(call, 0, kDepthwiseUnits * depthwise_floats(c));
+  return has_workspace(call, gemm_scratch(c.taps() * c.group_in(), c.batch * c.out_height * c.out_width));
+}
+
+Status run_conv2d_grad_weight(const Call& call) {
+  const Convolution c = describe(call);
+  if (c.depthwise()) {
+    depthwise_grad_weight(call, c);
+    return PK_OK;
+  }
+  const float* x = call.inputs[0].as<float>();
+  Gemm g;
+  g.m = c.group_out();
+  g.n = c.taps() * c.group_in();
+  g.k = c.batch * c.out_height * c.out_width;
+  g.a.transposed = true;
+  g.a.stride = c.out_channels;
+  g.c.stride = g.n;
+  for (int64_t group = 0; group < c.groups; ++group) {
+    const Patches patches = c.patches(x, group);
+    g.a.data = call.inputs[1].as<float>() + group * g.m;
+    g.b.data = x + group * c.group_in();
+    g.b.stride = c.channels;
+    if (!c.pointwise()) g.b.patches = &patches;
+    g.c.data = call.outputs[0].as<float>() + group * g.m * g.n;
+    gemm_parallel(call, g, workspace(call));
+  }
+  return PK_OK;
+}
+
+}  // namespace POCKC_SIMD_NAMESPACE
+}  // namespace pockc

@@ -1,0 +1,224 @@
+// Depthwise convolution, NHWC, vectorised over channels: forward and input gradient.
+//
+// Both are the same row operation: outputs i = 0..count of one row, each a sum over a few input rows and a
+// few taps per row, reading the input at i * step + offset[s]. The forward step is the stride; the input
+// gradient is taken per phase of the stride (see conv2d_grad_input.cpp), where the step is 1. Several
+// neighbouring outputs are computed at once, so that an input vector is loaded once for all the taps that use
+// it. Weights are first laid out as [tap][channel] in the workspace. Every output is one chain of fma over
+// its taps.
+#include "simd/convolution.h"
+
+namespace pockc {
+namespace POCKC_SIMD_NAMESPACE {
+namespace {
+
+constexpr int kTile = 6;  // outputs at once: 6 sums + 8 inputs + 1 weight fit 16 registers
+
+struct Row {
+  int rows = 0;  // input rows that exist, with their weights
+  const float* x[kMaxTaps];
+  const float* w[kMaxTaps];
+  int taps = 0;
+  int64_t offset[kMaxTaps];  // ascending
+  int64_t weight[kMaxTaps];  // of tap s, floats from w
+  bool adjacent = true;      // offset[s] = offset[0] + s and weight[s] = weight[0] + s * weight_step
+  int64_t weight_step = 0;
+  int64_t step = 1, width = 0, channels = 0;
+  float* out = nullptr;
+  int64_t out_step = 0, count = 0;
+  const Epilogue* epilogue = nullptr;
+};
+
+POCKC_INLINE void finish(const Row& row, vf sum, int64_t i, int64_t c, int64_t valid) {
+  const Epilogue& e = *row.epilogue;
+  if (e.bias != nullptr) sum += load_n(e.bias + c, valid);
+  if (e.activation == kClip) sum = clip(sum, splat(e.low), splat(e.high));
+  store_n(row.out + i * row.out_step + c, sum, valid);
+}
+
+// Output i, any taps, with a test per tap: image borders, and kernels without a fast path.
+void single_output(const Row& row, int64_t i) {
+  const int64_t position = i * row.step;
+  int first = 0, end = row.taps;
+  while (first < end && position + row.offset[first] < 0) ++first;
+  while (end > first && position + row.offset[end - 1] >= row.width) --end;
+  for_vectors(0, row.channels, [&](int64_t c, int64_t valid) {
+    vf sum = {};
+    for (int r = 0; r < row.rows; ++r) {
+      for (int s = first; s < end; ++s) {
+        const vf x = load_n(row.x[r] + (position + row.offset[s]) * row.channels + c, valid);
+        sum = fma(x, load_n(row.w[r] + row.weight[s] + c, valid), sum);
+      }
+    }
+    finish(row, sum, i, c, valid);
+  });
+}
+
+// Outputs [i, i + kTile), all taps inside of the image.
+template <int Taps, int Step>
+POCKC_INLINE void tile_outputs(const Row& row, int64_t i) {
+  constexpr int kInputs = (kTile - 1) * Step + Taps;
+  const int64_t base = (i * Step + row.offset[0]) * row.channels;
+  for_vectors(0, row.channels, [&](int64_t c, int64_t valid) {
+    vf sum[kTile];
+    POCKC_UNROLL
+    for (int t = 0; t < kTile; ++t) sum[t] = vf{};
+    for (int r = 0; r < row.rows; ++r) {
+      const float* from = row.x[r] + base + c;
+      const float* w = row.w[r] + row.weight[0] + c;
+      vf x[kInputs];
+      POCKC_UNROLL
+      for (int j = 0; j < kInputs; ++j) x[j] = load_n(from + j * row.channels, valid);
+      POCKC_UNROLL
+      for (int s = 0; s < Taps; ++s) {
+        const vf weight = load_n(w + s * row.weight_step, valid);
+        POCKC_UNROLL
+        for (int t = 0; t < kTile; ++t) sum[t] = fma(x[t * Step + s], weight, sum[t]);
+      }
+    }
+    POCKC_UNROLL
+    for (int t = 0; t < kTile; ++t) finish(row, sum[t], i + t, c, valid);
+  });
+}
+
+template <int Taps, int Step>
+void run_row_fast(const Row& row) {
+  int64_t i = 0;
+  while (i < row.count) {
+    const int64_t first = i * Step + row.offset[0];
+    const bool inside =
+        first >= 0 && i + kTile <= row.count && first + (kTile - 1) * Step + Taps <= row.width;
+    if (inside) {
+      tile_outputs<Taps, Step>(row, i);
+      i += kTile;
+    } else {
+      single_output(row, i++);
+    }
+  }
+}
+
+void run_row(const Row& row) {
+  const auto is = [&](int taps, int64_t step) {
+    return row.adjacent && row.taps == taps && row.step == step;
+  };
+  if (is(3, 1)) {
+    run_row_fast<3, 1>(row);
+  } else if (is(3, 2)) {
+    run_row_fast<3, 2>(row);
+  } else if (is(5, 1)) {
+    run_row_fast<5, 1>(row);
+  } else if (is(5, 2)) {
+    run_row_fast<5, 2>(row);
+  } else if (is(2, 1)) {
+    run_row_fast<2, 1>(row);
+  } else if (is(1, 1)) {
+    run_row_fast<1, 1>(row);
+  } else {
+    for (int64_t i = 0; i < row.count; ++i) single_output(row, i);
+  }
+}
+
+// Weights [C][taps] to [taps][C].
+void repack_weights(const Convolution& c, const float* w, float* packed) {
+  for (int64_t tap = 0; tap < c.taps(); ++tap) {
+    for (int64_t channel = 0; channel < c.channels; ++channel) {
+      packed[tap * c.channels + channel] = w[channel * c.taps() + tap];
+    }
+  }
+}
+
+void finish_taps(Row* row) {
+  row->weight_step = row->taps > 1 ? row->weight[1] - row->weight[0] : 0;
+  for (int s = 1; s < row->taps; ++s) {
+    row->adjacent = row->adjacent && row->offset[s] == row->offset[0] + s &&
+                    row->weight[s] == row->weight[0] + s * row->weight_step;
+  }
+}
+
+int64_t row_grain(const Convolution& c, int64_t columns) {
+  return maximum<int64_t>(1, kElementGrain / maximum<int64_t>(1, columns * c.channels));
+}
+
+// One row of the input gradient: all phases of its width.
+void grad_input_row(const Call& call, const Convolution& c, const float* packed, int64_t n, int64_t h) {
+  static constexpr Epilogue kPlain;
+  const float* ct = call.inputs[0].as<float>();
+  Row row;
+  for (int64_t r = c.kernel_h - 1; r >= 0; --r) {
+    const int64_t shifted = h + c.padding[0] - r * c.dilation[0];
+    if (shifted < 0 || shifted % c.stride[0] != 0 || shifted / c.stride[0] >= c.out_height) continue;
+    row.x[row.rows] = ct + (n * c.out_height + shifted / c.stride[0]) * c.out_width * c.channels;
+    row.w[row.rows++] = packed + r * c.kernel_w * c.channels;
+  }
+  row.width = c.out_width;
+  row.channels = c.channels;
+  row.out_step = c.channels * c.stride[1];
+  row.epilogue = &kPlain;
+  for (int64_t phase = 0; phase < minimum(c.stride[1], c.width); ++phase) {
+    row.taps = 0;
+    row.adjacent = true;
+    for (int64_t s = c.kernel_w - 1; s >= 0; --s) {
+      const int64_t shifted = phase + c.padding[2] - s * c.dilation[1];
+      if (shifted % c.stride[1] != 0) continue;
+      row.offset[row.taps] = shifted / c.stride[1];
+      row.weight[row.taps++] = s * c.channels;
+    }
+    finish_taps(&row);
+    row.count = divide_up(c.width - phase, c.stride[1]);
+    row.out = call.outputs[0].as<float>() + ((n * c.height + h) * c.width + phase) * c.channels;
+    run_row(row);
+  }
+}
+
+}  // namespace
+
+int64_t depthwise_floats(const Convolution& c) { return round_up(c.taps() * c.channels, 16); }
+
+void depthwise_forward(const Call& call, const Convolution& c, const Epilogue& epilogue) {
+  float* packed = workspace(call);
+  repack_weights(c, call.inputs[1].as<float>(), packed);
+  const float* x = call.inputs[0].as<float>();
+  Row shared;
+  shared.taps = static_cast<int>(c.kernel_w);
+  for (int s = 0; s < shared.taps; ++s) {
+    shared.offset[s] = s * c.dilation[1] - c.padding[2];
+    shared.weight[s] = s * c.channels;
+  }
+  finish_taps(&shared);
+  shared.step = c.stride[1];
+  shared.width = c.width;
+  shared.channels = c.channels;
+  shared.out_step = c.channels;
+  shared.count = c.out_width;
+  shared.epilogue = &epilogue;
+  const int64_t row_floats = c.out_width * c.channels;
+  parallel(call, c.batch * c.out_height, row_grain(c, c.out_width), [&](int64_t begin, int64_t end, int) {
+    Row row = shared;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t n = i / c.out_height;
+      row.rows = 0;
+      for (int64_t r = 0; r < c.kernel_h; ++r) {
+        const int64_t y = (i - n * c.out_height) * c.stride[0] - c.padding[0] + r * c.dilation[0];
+        if (y < 0 || y >= c.height) continue;
+        row.x[row.rows] = x + (n * c.height + y) * c.width * c.channels;
+        row.w[row.rows++] = packed + r * c.kernel_w * c.channels;
+      }
+      row.out = call.outputs[0].as<float>() + i * row_floats;
+      run_row(row);
+      if (epilogue.activation > kClip) {
+        activate(row.out, row_floats, static_cast<Activation>(epilogue.activation));
+      }
+    }
+  });
+}
+
+void depthwise_grad_input(const Call& call, const Convolution& c) {
+  float* packed = workspace(call);
+  repack_weights(c, call.inputs[1].as<float>(), packed);
+  parallel(call, c.batch * c.height, row_grain(c, c.width), [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; ++i) grad_input_row(call, c, packed, i / c.height, i % c.height);
+  });
+}
+
+}  // namespace POCKC_SIMD_NAMESPACE
+}  // namespace pockc

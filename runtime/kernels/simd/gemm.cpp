@@ -1,0 +1,228 @@
+// Packing and the loops around the microkernel: see gemm.h.
+#include "simd/gemm.h"
+
+#include <utility>
+
+#include "simd/gemm_kernel.h"
+
+namespace pockc {
+namespace POCKC_SIMD_NAMESPACE {
+namespace {
+
+// --- B ---
+
+template <int Step, int... I>
+POCKC_INLINE void exchange(vf& a, vf& b, std::integer_sequence<int, I...>) {
+  const vf low = __builtin_shufflevector(a, b, ((I & Step) == 0 ? I : I - Step + W)...);
+  const vf high = __builtin_shufflevector(a, b, ((I & Step) == 0 ? I + Step : I + W)...);
+  a = low;
+  b = high;
+}
+// W x W block: log2(W) rounds, round s exchanges the off-diagonal s x s blocks.
+template <int Step>
+POCKC_INLINE void transpose_square(vf* x) {
+  if constexpr (Step < W) {
+    POCKC_UNROLL
+    for (int i = 0; i < W; ++i) {
+      if ((i & Step) == 0) exchange<Step>(x[i], x[i + Step], std::make_integer_sequence<int, W>());
+    }
+    transpose_square<2 * Step>(x);
+  }
+}
+
+// One vector-wide column strip of the panel from rows of B transposed: from[n * stride + k].
+void pack_transposed(const float* from, int64_t stride, int64_t depth, int64_t columns, float* to,
+                     int64_t to_stride) {
+  for (int64_t k = 0; k < depth; k += W) {
+    const int64_t valid = minimum<int64_t>(W, depth - k);
+    vf x[W];
+    POCKC_UNROLL
+    for (int i = 0; i < W; ++i) x[i] = i < columns ? load_n(from + i * stride + k, valid) : vf{};
+    transpose_square<1>(x);
+    if (valid == W) {
+      POCKC_UNROLL
+      for (int i = 0; i < W; ++i) store(to + (k + i) * to_stride, x[i]);
+    } else {
+      for (int i = 0; i < valid; ++i) store(to + (k + i) * to_stride, x[i]);
+    }
+  }
+}
+
+POCKC_INLINE const float* right_row(const RightMatrix& b, int64_t k) {
+  if (b.group_offsets == nullptr) return b.data + k * b.stride;
+  const int64_t group = k / b.group_size;
+  return b.data + b.group_offsets[group] + (k - group * b.group_size) * b.stride;
+}
+
+// `columns` floats, then zeros up to a whole vector.
+POCKC_INLINE void copy_row(const float* from, int64_t columns, float* to) {
+  for_vectors(0, columns, [&](int64_t i, int64_t valid) { store(to + i, load_n(from + i, valid)); });
+}
+
+int64_t panel_width(int64_t columns) { return round_up(minimum<int64_t>(columns, kTileColumns), W); }
+
+void pack_panel(const RightMatrix& b, int64_t k0, int64_t depth, int64_t n0, int64_t columns, float* to) {
+  const int64_t width = panel_width(columns);
+  if (b.transposed) {
+    for (int64_t n = 0; n < columns; n += W) {
+      pack_transposed(b.data + (n0 + n) * b.stride + k0, b.stride, depth, columns - n, to + n, width);
+    }
+    return;
+  }
+  for (int64_t k = 0; k < depth; ++k) copy_row(right_row(b, k0 + k) + n0, columns, to + k * width);
+}
+
+// Patches are written row by row, and a row spans all panels of the block.
+void pack_patches(const Patches& patches, int64_t k0, int64_t depth, int64_t n0, int64_t columns, float* to) {
+  alignas(64) float row[kColumns];
+  GridPosition at(patches, k0);
+  for (int64_t k = 0; k < depth; ++k, at.next(patches)) {
+    copy_patch(patches, at, n0, columns, row);
+    for (int64_t n = 0; n < columns; n += kTileColumns) {
+      const int64_t width = panel_width(columns - n);
+      copy_row(row + n, minimum<int64_t>(columns - n, kTileColumns), to + n * depth + k * width);
+    }
+  }
+}
+
+// --- A ---
+
+struct LeftPanel {
+  const float* data;
+  int64_t stride;
+  bool row_major;
+};
+
+// Rows that lie a multiple of 4 KiB apart share cache sets: more of them than ways would evict each other.
+bool conflicts(int64_t stride) { return stride % 1024 == 0; }
+
+LeftPanel prepare_left(const LeftMatrix& a, int64_t m0, int rows, int64_t k0, int64_t depth, bool reused,
+                       float* copy) {
+  const int64_t stride = depth + kPadding;
+  if (a.patches != nullptr) {
+    GridPosition at(*a.patches, m0);
+    for (int i = 0; i < rows; ++i, at.next(*a.patches))
+      copy_patch(*a.patches, at, k0, depth, copy + i * stride);
+    return {copy, stride, true};
+  }
+  if (!a.transposed) {
+    const float* data = a.data + m0 * a.stride + k0;
+    if (!conflicts(a.stride)) return {data, a.stride, true};
+    for (int i = 0; i < rows; ++i) copy_run(copy + i * stride, data + i * a.stride, depth);
+    return {copy, stride, true};
+  }
+  // A step of k is one or two cache lines of which `rows` floats are used: copied when it is read more than
+  // twice.
+  const float* data = a.data + k0 * a.stride + m0;
+  if (!reused && !conflicts(a.stride)) return {data, a.stride, false};
+  for (int64_t k = 0; k < depth; ++k) {
+    float* to = copy + k * rows;
+    const float* from = data + k * a.stride;
+    for (int i = 0; i < rows; ++i) to[i] = from[i];
+  }
+  return {copy, rows, false};
+}
+
+// --- blocks ---
+
+struct Block {
+  const float* panel[kColumns / kTileColumns];
+  int64_t stride[kColumns / kTileColumns];
+};
+
+void prepare_right(const Gemm& gemm, int64_t k0, int64_t depth, int64_t n0, int64_t columns, bool direct,
+                   float* packed, Block* block) {
+  if (gemm.b.patches != nullptr) pack_patches(*gemm.b.patches, k0, depth, n0, columns, packed);
+  for (int64_t n = 0, index = 0; n < columns; n += kTileColumns, ++index) {
+    const int64_t width = panel_width(columns - n);
+    block->panel[index] = packed + n * depth;
+    block->stride[index] = width;
+    if (gemm.b.patches != nullptr) continue;
+    if (direct && columns - n >= kTileColumns) {
+      block->panel[index] = gemm.b.data + k0 * gemm.b.stride + n0 + n;
+      block->stride[index] = gemm.b.stride;
+      continue;
+    }
+    pack_panel(gemm.b, k0, depth, n0 + n, minimum<int64_t>(columns - n, kTileColumns), packed + n * depth);
+  }
+}
+
+void multiply_panel(const Gemm& gemm, const LeftPanel& left, const Block& block, int64_t m0, int rows,
+                    int64_t k0, int64_t depth, int64_t n0, int64_t columns) {
+  float* c[kMaxRows];
+  for (int i = 0; i < rows; ++i) c[i] = output_row(gemm.c, m0 + i);
+  const auto& kernels =
+      left.row_major ? kRowMajorKernels.entry[rows - 1] : kTransposedKernels.entry[rows - 1];
+  Tile tile;
+  tile.a = left.data;
+  tile.a_stride = left.stride;
+  tile.depth = depth;
+  tile.c = c;
+  tile.first = k0 == 0;
+  tile.last = k0 + depth == gemm.k;
+  tile.epilogue = &gemm.epilogue;
+  for (int64_t n = 0, index = 0; n < columns; n += kTileColumns, ++index) {
+    tile.b = block.panel[index];
+    tile.b_stride = block.stride[index];
+    tile.column = tile.bias_column = n0 + n;
+    tile.columns = minimum<int64_t>(columns - n, kTileColumns);
+    kernels[(tile.columns - 1) / W](tile);
+  }
+  if (!tile.last || gemm.epilogue.activation <= kClip) return;
+  for (int i = 0; i < rows; ++i)
+    activate(c[i] + n0, columns, static_cast<Activation>(gemm.epilogue.activation));
+}
+
+}  // namespace
+
+int64_t gemm_scratch(int64_t n, int64_t k) {
+  const int64_t depth = minimum(k, kDepth);
+  return round_up(kMaxRows * (depth + kPadding) + depth * minimum(round_up(n, 16), kColumns), 16);
+}
+
+void gemm_part(const Gemm& gemm, int64_t m0, int64_t m1, int64_t n0, int64_t n1, float* scratch) {
+  const int64_t panels = divide_up(m1 - m0, kTileRows);
+  // Few rows: B is used so seldom that copying it does not pay, and the weights are streamed once.
+  const bool direct =
+      panels <= 2 && !gemm.b.transposed && gemm.b.patches == nullptr && gemm.b.group_offsets == nullptr;
+  float* packed = scratch + kMaxRows * (minimum(gemm.k, kDepth) + kPadding);
+  for (int64_t n = n0; n < n1; n += kColumns) {
+    const int64_t columns = minimum(kColumns, n1 - n);
+    const bool reused = columns > 2 * kTileColumns;
+    for (int64_t k = 0; k < gemm.k; k += kDepth) {
+      const int64_t depth = minimum(kDepth, gemm.k - k);
+      Block block;
+      prepare_right(gemm, k, depth, n, columns, direct, packed, &block);
+      for (int64_t p = 0; p < panels; ++p) {
+        const int64_t row = m0 + (m1 - m0) * p / panels;
+        const int rows = static_cast<int>(m0 + (m1 - m0) * (p + 1) / panels - row);
+        const LeftPanel left = prepare_left(gemm.a, row, rows, k, depth, reused, scratch);
+        multiply_panel(gemm, left, block, row, rows, k, depth, n, columns);
+      }
+    }
+  }
+}
+
+void gemm_parallel(const Call& call, const Gemm& gemm, float* scratch) {
+  const int64_t each = gemm_scratch(gemm.n, gemm.k);
+  const int64_t work = gemm.m * gemm.n * gemm.k;
+  const int threads = thread_count(call);
+  if (threads == 1 || work < 64 * 1024) {
+    gemm_part(gemm, 0, gemm.m, 0, gemm.n, scratch);
+    return;
+  }
+  // Along the longer side, in whole tiles: the other operand is then packed by every thread, which costs the
+  // least where it is the small one.
+  if (gemm.m / kTileRows >= gemm.n / kTileColumns) {
+    parallel(call, gemm.m, kTileRows, [&](int64_t begin, int64_t end, int thread) {
+      gemm_part(gemm, begin, end, 0, gemm.n, scratch + thread * each);
+    });
+  } else {
+    parallel(call, gemm.n, kTileColumns, [&](int64_t begin, int64_t end, int thread) {
+      gemm_part(gemm, 0, gemm.m, begin, end, scratch + thread * each);
+    });
+  }
+}
+
+}  // namespace POCKC_SIMD_NAMESPACE
+}  // namespace pockc

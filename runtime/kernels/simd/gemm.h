@@ -1,0 +1,85 @@
+// C[m, n] = sum over k of A[m, k] B[k, n], then bias and activation: the core of matmul, convolutions and
+// gradients.
+//
+// Blocking. A block of B of kDepth x kColumns is packed into panels as wide as the microkernel's tile; it
+// stays in the second-level cache while panels of up to kMaxRows rows of A pass over it, each of which stays
+// in the first level. A row-major A is read where it lies (a broadcast does not care for stride); only image
+// patches, and layouts that would fall on the same cache sets, are copied, kMaxRows rows at a time. So the
+// scratch memory is one block of B and one panel of A per thread, and no matrix is ever packed as a whole.
+//
+// Bits. Per output element: k ascending in one chain of fma within each kDepth block, blocks added in order,
+// then bias. Neither tile shape nor thread count enters.
+#ifndef POCKC_SIMD_GEMM_H_
+#define POCKC_SIMD_GEMM_H_
+
+#include "simd/math.h"
+#include "simd/patches.h"
+#include "simd/simd.h"
+
+namespace pockc {
+namespace POCKC_SIMD_NAMESPACE {
+
+constexpr int64_t kDepth = 256;    // part of the result's definition: the same everywhere
+constexpr int64_t kColumns = 384;  // a multiple of every tile width; kDepth x kColumns floats are 384 KiB
+constexpr int kMaxRows = 16;       // no tile has more rows
+constexpr int64_t kPadding = 16;   // floats between copied rows of A, against cache set conflicts
+
+struct LeftMatrix {
+  const float* data = nullptr;
+  int64_t stride = 0;
+  bool transposed = false;           // (m, k) is data[m * stride + k], or data[k * stride + m]
+  const Patches* patches = nullptr;  // instead of data
+};
+
+struct RightMatrix {
+  const float* data = nullptr;
+  int64_t stride = 0;
+  bool transposed = false;           // (k, n) is data[k * stride + n], or data[n * stride + k]
+  const Patches* patches = nullptr;  // instead of data: (k, n) is column n of patch k
+  // Rows in groups (a convolution's weight seen from its output): row k is row (k % group_size) * stride,
+  // shifted by group_offsets[k / group_size]. Null: plain.
+  const int64_t* group_offsets = nullptr;
+  int64_t group_size = 0;
+};
+
+struct OutputMatrix {
+  float* data = nullptr;
+  int64_t stride = 0;
+  // Rows on a grid of image positions (one phase of a strided convolution's input gradient): row m = (image,
+  // y, x) is at image * image_pitch + y * row_pitch + x * stride. grid_width 0: plain.
+  int64_t grid_height = 0, grid_width = 0;
+  int64_t image_pitch = 0, row_pitch = 0;
+};
+
+inline float* output_row(const OutputMatrix& c, int64_t m) {
+  if (c.grid_width == 0) return c.data + m * c.stride;
+  const int64_t x = m % c.grid_width;
+  const int64_t y = m / c.grid_width % c.grid_height;
+  return c.data + m / (c.grid_width * c.grid_height) * c.image_pitch + y * c.row_pitch + x * c.stride;
+}
+
+struct Epilogue {
+  const float* bias = nullptr;
+  int64_t activation = 0;  // Activation
+  float low = 0, high = 0;
+};
+
+struct Gemm {
+  int64_t m = 0, n = 0, k = 0;
+  LeftMatrix a;
+  RightMatrix b;
+  OutputMatrix c;
+  Epilogue epilogue;
+};
+
+// Scratch floats that one thread needs (a multiple of 16). The same for every instruction set.
+int64_t gemm_scratch(int64_t n, int64_t k);
+// The part [m0, m1) x [n0, n1) of C, on this thread.
+void gemm_part(const Gemm& gemm, int64_t m0, int64_t m1, int64_t n0, int64_t n1, float* scratch);
+// All of C on the call's threads; `scratch` has gemm_scratch floats for each.
+void gemm_parallel(const Call& call, const Gemm& gemm, float* scratch);
+
+}  // namespace POCKC_SIMD_NAMESPACE
+}  // namespace pockc
+
+#endif  // POCKC_SIMD_GEMM_H_

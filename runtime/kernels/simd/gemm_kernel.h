@@ -1,0 +1,124 @@
+// The microkernel: a tile of C of R rows and V vectors, all of it in registers.
+//
+// Per step of k: V loads of B, R broadcasts of A, R * V fma. Tile shapes use nearly all registers: AVX-512 14
+// x 32 (28 sums + 2 + 1 of 32), AVX2 6 x 16 (12 + 2 + 1 of 16), NEON 8 x 12 (24 + 3 + 2 of 32), SSE2 6 x 8.
+// Every row count up to the full one is compiled, so that a matrix of few rows wastes nothing and row
+// remainders are spread evenly.
+#ifndef POCKC_SIMD_GEMM_KERNEL_H_
+#define POCKC_SIMD_GEMM_KERNEL_H_
+
+#include "simd/gemm.h"
+
+namespace pockc {
+namespace POCKC_SIMD_NAMESPACE {
+
+#if defined(__AVX512F__)
+constexpr int kTileRows = 14, kTileVectors = 2;
+#elif defined(__AVX2__)
+constexpr int kTileRows = 6, kTileVectors = 2;
+#elif defined(__aarch64__)
+constexpr int kTileRows = 8, kTileVectors = 3;
+#else
+constexpr int kTileRows = 6, kTileVectors = 2;
+#endif
+constexpr int kTileColumns = kTileVectors * W;
+static_assert(kTileRows <= kMaxRows && kColumns % kTileColumns == 0, "blocking");
+
+struct Tile {
+  const float* a;
+  int64_t a_stride;  // between rows (row-major) or between steps of k
+  const float* b;
+  int64_t b_stride;
+  int64_t depth;
+  float* const* c;  // one pointer per row
+  int64_t column;   // added to each
+  int64_t columns;  // valid ones, more than (V - 1) * W
+  bool first;       // overwrite C, or add to it
+  bool last;        // bias and clip come after this block
+  const Epilogue* epilogue;
+  int64_t bias_column;
+};
+
+template <int R, int V, bool RowMajor>
+void micro_kernel(const Tile& t) {
+  vf sum[R][V];
+  POCKC_UNROLL
+  for (int i = 0; i < R; ++i) {
+    POCKC_UNROLL
+    for (int j = 0; j < V; ++j) sum[i][j] = vf{};
+  }
+  const float* a = t.a;
+  const float* b = t.b;
+  const int64_t a_stride = t.a_stride;
+  const int64_t b_stride = t.b_stride;
+  for (int64_t k = 0; k < t.depth; ++k) {
+    vf right[V];
+    POCKC_UNROLL
+    for (int j = 0; j < V; ++j) right[j] = load(b + j * W);
+    POCKC_UNROLL
+    for (int i = 0; i < R; ++i) {
+      const vf left = splat(RowMajor ? a[i * a_stride] : a[i]);
+      POCKC_UNROLL
+      for (int j = 0; j < V; ++j) sum[i][j] = fma(left, right[j], sum[i][j]);
+    }
+    a += RowMajor ? 1 : a_stride;
+    b += b_stride;
+  }
+  const int64_t tail = t.columns - (V - 1) * W;  // lanes of the last vector
+  if (!t.first) {
+    POCKC_UNROLL
+    for (int i = 0; i < R; ++i) {
+      const float* c = t.c[i] + t.column;
+      POCKC_UNROLL
+      for (int j = 0; j < V; ++j) sum[i][j] += load_n(c + j * W, j < V - 1 ? W : tail);
+    }
+  }
+  if (t.last && t.epilogue->bias != nullptr) {
+    POCKC_UNROLL
+    for (int j = 0; j < V; ++j) {
+      const vf bias = load_n(t.epilogue->bias + t.bias_column + j * W, j < V - 1 ? W : tail);
+      POCKC_UNROLL
+      for (int i = 0; i < R; ++i) sum[i][j] += bias;
+    }
+  }
+  if (t.last && t.epilogue->activation == kClip) {
+    const vf low = splat(t.epilogue->low), high = splat(t.epilogue->high);
+    POCKC_UNROLL
+    for (int i = 0; i < R; ++i) {
+      POCKC_UNROLL
+      for (int j = 0; j < V; ++j) sum[i][j] = clip(sum[i][j], low, high);
+    }
+  }
+  POCKC_UNROLL
+  for (int i = 0; i < R; ++i) {
+    float* c = t.c[i] + t.column;
+    POCKC_UNROLL
+    for (int j = 0; j < V; ++j) store_n(c + j * W, sum[i][j], j < V - 1 ? W : tail);
+  }
+}
+
+using MicroKernel = void (*)(const Tile&);
+
+// table[rows - 1][vectors - 1]
+template <bool RowMajor>
+struct KernelTable {
+  MicroKernel entry[kTileRows][kTileVectors];
+
+  template <int R, int V>
+  constexpr void fill() {
+    entry[R - 1][V - 1] = micro_kernel<R, V, RowMajor>;
+    if constexpr (V > 1) {
+      fill<R, V - 1>();
+    } else if constexpr (R > 1) {
+      fill<R - 1, kTileVectors>();
+    }
+  }
+  constexpr KernelTable() : entry() { fill<kTileRows, kTileVectors>(); }
+};
+constexpr KernelTable<true> kRowMajorKernels;
+constexpr KernelTable<false> kTransposedKernels;
+
+}  // namespace POCKC_SIMD_NAMESPACE
+}  // namespace pockc
+
+#endif  // POCKC_SIMD_GEMM_KERNEL_H_

@@ -1,0 +1,101 @@
+// The image side of an implicit-GEMM convolution: a matrix of patches that is never stored. Row m is a
+// position of a grid laid over the images, column k = (tap row r, tap column s, channel c); the element is
+//   image[n, gh * step_h + tap_h[r], gw * step_w + tap_w[s], c], or 0 outside of the image, m = (n, gh, gw).
+// Packing copies runs of channels, and whole runs of taps where neighbouring taps are neighbours in memory.
+#ifndef POCKC_SIMD_PATCHES_H_
+#define POCKC_SIMD_PATCHES_H_
+
+#include "simd/simd.h"
+
+namespace pockc {
+namespace POCKC_SIMD_NAMESPACE {
+
+constexpr int kMaxTaps = 32;  // per axis
+
+struct Patches {
+  const float* image = nullptr;  // at the first channel of the group
+  int64_t height = 0, width = 0;
+  int64_t pitch = 0;     // floats from one pixel to the next: all channels
+  int64_t channels = 0;  // of the group
+  int64_t grid_height = 0, grid_width = 0;
+  int64_t step_h = 1, step_w = 1;
+  int taps_h = 0, taps_w = 0;
+  int64_t tap_h[kMaxTaps], tap_w[kMaxTaps];
+  bool rows_join = false;  // a tap row is one run of memory where it lies inside of the image
+
+  int64_t depth() const { return channels * taps_h * taps_w; }
+
+  void finish() {
+    rows_join = pitch == channels;
+    for (int s = 1; s < taps_w; ++s) rows_join = rows_join && tap_w[s] == tap_w[s - 1] + 1;
+  }
+};
+
+// A position that steps along the grid.
+struct GridPosition {
+  int64_t n, h, w;
+
+  GridPosition(const Patches& p, int64_t m)
+      : n(m / (p.grid_height * p.grid_width)), h(m / p.grid_width % p.grid_height), w(m % p.grid_width) {}
+  POCKC_INLINE void next(const Patches& p) {
+    if (++w < p.grid_width) return;
+    w = 0;
+    if (++h < p.grid_height) return;
+    h = 0;
+    ++n;
+  }
+};
+
+POCKC_INLINE void copy_run(float* to, const float* from, int64_t n) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(to + i, load(from + i));
+  for (; i < n; ++i) to[i] = from[i];
+}
+POCKC_INLINE void zero_run(float* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(to + i, vf{});
+  for (; i < n; ++i) to[i] = 0;
+}
+
+// Columns [k0, k0 + count) of the row at `at`.
+inline void copy_patch(const Patches& p, const GridPosition& at, int64_t k0, int64_t count, float* to) {
+  const int64_t row_depth = p.channels * p.taps_w;
+  const int64_t x0 = at.w * p.step_w;
+  const bool joined = p.rows_join && x0 + p.tap_w[0] >= 0 && x0 + p.tap_w[p.taps_w - 1] < p.width;
+  int64_t r = k0 / row_depth;
+  int64_t inside = k0 - r * row_depth;  // place in the tap row
+  while (count > 0) {
+    const int64_t y = at.h * p.step_h + p.tap_h[r];
+    const float* line = p.image + (at.n * p.height + y) * p.width * p.pitch;
+    const int64_t row_end = minimum(row_depth, inside + count);
+    count -= row_end - inside;
+    if (y < 0 || y >= p.height) {
+      zero_run(to, row_end - inside);
+      to += row_end - inside;
+    } else if (joined) {
+      copy_run(to, line + (x0 + p.tap_w[0]) * p.pitch + inside, row_end - inside);
+      to += row_end - inside;
+    } else {
+      int64_t s = inside / p.channels;
+      int64_t c = inside - s * p.channels;
+      for (int64_t left = row_end - inside; left > 0; ++s, c = 0) {
+        const int64_t run = minimum(left, p.channels - c);
+        const int64_t x = x0 + p.tap_w[s];
+        if (x < 0 || x >= p.width) {
+          zero_run(to, run);
+        } else {
+          copy_run(to, line + x * p.pitch + c, run);
+        }
+        to += run;
+        left -= run;
+      }
+    }
+    inside = 0;
+    ++r;
+  }
+}
+
+}  // namespace POCKC_SIMD_NAMESPACE
+}  // namespace pockc
+
+#endif  // POCKC_SIMD_PATCHES_H_
