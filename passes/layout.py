@@ -11,7 +11,6 @@ from __future__ import annotations
 import numpy as np
 
 from pockc.ir import Graph, Node, State, TensorType, Value
-from pockc.passes import canonicalize
 from pockc.passes.layout_rules import RULES
 from pockc.passes.permutation import (
     Permutation,
@@ -30,11 +29,12 @@ from pockc.recipe import Recipe
 def run(graph: Graph, recipe: Recipe) -> Graph:
     """Move activations to channels-last and convolution weights to OHWI for good.
 
-    Pre:  canonical import; no gradients yet.
+    Pre:  `canonicalize` ran; no gradients yet.
     Post: between channels-last ops there is no transpose unless something in between depends on the user's order of
           elements. A parameter that only convolutions read is stored the way they read it (``State.permutation``).
+          Reshapes of reshapes and the like may be left to another `canonicalize`.
     """
-    return canonicalize.run(Layout(graph).sweep(), recipe)
+    return Layout(graph).sweep()
 
 
 class Layout:
