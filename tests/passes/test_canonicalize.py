@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from pockc.ir import Builder, Graph, Origin, TensorType, Value, op_counts
 from pockc.optim import SGD
 from pockc.passes import canonicalize
 from pockc.recipe import Recipe
+from pockc.verify import verify
 
 RECIPE = Recipe(trained={}, optimizer=SGD(lr=0.1))
 Body = Callable[[Builder, Value], Value]
@@ -26,6 +28,7 @@ def simplified(body: Body, *shape: int) -> Graph:
     """The canonical graph, after checking that it computes what the given one does."""
     before = graph_of(body, *shape)
     after = canonicalize.run(before, RECIPE)
+    verify(after, "imported")
     x = {"x": np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
     np.testing.assert_allclose(evaluate(after, x)[0]["y"], evaluate(before, x)[0]["y"], rtol=1e-6, atol=1e-6)
     assert after.outputs["y"].type == before.outputs["y"].type
@@ -152,7 +155,7 @@ def test_padding_on_the_far_side_of_a_transpose_is_found() -> None:
         {"before": (0, 0, 0, 1), "after": (0, 1, 0, 0)},
     ],
 )
-def test_padding_that_is_not_zeros_around_the_image_stays(pad: dict[str, tuple[int, ...]]) -> None:
+def test_padding_that_is_not_zeros_around_the_image_stays(pad: dict[str, Any]) -> None:
     channels = 2 - sum(pad["before"][3:]) - sum(pad["after"][3:])
     assert ops(simplified(lambda b, x: convolution(b, b("pad", x, **pad)), 1, 6, 6, channels)) == ["pad", "conv2d"]
 

@@ -9,6 +9,7 @@ from pockc.ir import Builder, Graph, Origin, TensorType, Value, op_counts
 from pockc.optim import SGD
 from pockc.passes import cse
 from pockc.recipe import Recipe
+from pockc.verify import verify
 
 RECIPE = Recipe(trained={}, optimizer=SGD(lr=0.1))
 
@@ -20,6 +21,7 @@ def start() -> tuple[Builder, Value]:
 
 def merged(before: Graph) -> Graph:
     after = cse.run(before, RECIPE)
+    verify(after, "imported")
     x = {"x": np.random.default_rng(0).standard_normal(4).astype(np.float32)}
     expected, found = evaluate(before, x)[0], evaluate(after, x)[0]
     for name, value in expected.items():

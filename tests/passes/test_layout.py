@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import inf
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from pockc.optim import SGD
 from pockc.passes import canonicalize, layout
 from pockc.passes.layout_rules import axis_groups
 from pockc.recipe import Recipe
+from pockc.verify import verify
 
 RECIPE = Recipe(trained={}, optimizer=SGD(lr=0.1))
 NHWC, NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
@@ -35,7 +37,7 @@ class Network(Builder):
         bias = self.parameter(f"conv{index}.bias", filters)
         return self.wrapped(x, weight, bias, groups=groups, stride=(stride, stride), padding=(kernel // 2,) * 4)
 
-    def wrapped(self, x: Value, weight: Value, bias: Value, **attrs: object) -> Value:
+    def wrapped(self, x: Value, weight: Value, bias: Value, **attrs: Any) -> Value:
         weight = self("transpose", weight, permutation=NHWC)
         y = self("conv2d", self("transpose", x, permutation=NHWC), weight, **attrs)
         return self("transpose", self("add", y, bias), permutation=NCHW)
@@ -52,6 +54,7 @@ def relaid(body: Body, shape: tuple[int, ...] = (2, 3, 8, 8)) -> Graph:
     network = Network()
     before = network.build({"y": body(network, network.input("x", TensorType(shape)))})
     after = canonicalize.run(layout.run(canonicalize.run(before, RECIPE), RECIPE), RECIPE)
+    verify(after, "imported")
     x = {"x": np.random.default_rng(1).standard_normal(shape).astype(np.float32)}
     expected, found = evaluate(before, x)[0]["y"], evaluate(after, x)[0]["y"]
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
@@ -154,6 +157,49 @@ def normalised(b: Network, x: Value) -> Value:
 def test_the_only_transpose_left_is_that_of_the_input(body: Body) -> None:
     after = relaid(body)
     assert [node.inputs for node in transposes(after)] == [(after.inputs[0],)]
+
+
+def reshaped_within(b: Network, x: Value, shape: tuple[int, ...]) -> Value:
+    return b("reshape", b("tanh", b("reshape", x, shape=shape)), shape=x.type.shape)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_networks_compute_the_same(seed: int) -> None:
+    choose = np.random.default_rng(seed)
+
+    def same_size(x: Value, earlier: list[Value]) -> Value:
+        candidates = [v for v in (x, *earlier) if v.type == x.type]
+        return candidates[choose.integers(len(candidates))]
+
+    def body(b: Network, x: Value) -> Value:
+        channels: dict[str, Body] = {
+            "vector": lambda b, x: b("mul", x, b.constant(choose.standard_normal((x.type.shape[1], 1, 1)))),
+            "row": lambda b, x: b("add", x, b.constant(choose.standard_normal(x.type.shape[3]))),
+            "image": lambda b, x: b("sub", b.constant(choose.standard_normal(x.type.shape[1:])), x),
+            "batch": lambda b, x: b("mul", x, b("reduce_mean", x, axes=(1, 2, 3), keepdims=True)),
+            "largest": lambda b, x: b("sub", x, b("reduce_max", x, axes=(2, 3), keepdims=True)),
+            "rows": lambda b, x: b("add", x, b("reduce_mean", x, axes=(0, 1, 2))),
+            "relu": lambda b, x: b.relu(x),
+            "convolution": lambda b, x: b.convolution(x, 4, 3),
+            "residual": lambda b, x: b("add", x, same_size(x, earlier)),
+            "concat": lambda b, x: b("concat", x, same_size(x, earlier), axis=int(choose.integers(1, 3))),
+            "slice": lambda b, x: b("slice", x, axis=1, start=1, stop=x.type.shape[1]),
+            "pad": lambda b, x: b("pad", x, before=(0, 0, 1, 0), after=(0, 1, 0, 0), value=0.5),
+            "cumsum": lambda b, x: b("cumsum", b("mul", x, b.constant(0.1)), axis=1),
+            "swap": lambda b, x: b("transpose", x, permutation=(0, 1, 3, 2)),
+            "merge": lambda b, x: reshaped_within(b, x, (2, x.type.shape[1], x.type.shape[2] * x.type.shape[3])),
+            "flatten": lambda b, x: reshaped_within(b, x, (2, x.type.elements // 2)),
+            "split": lambda b, x: reshaped_within(b, x, (1, *x.type.shape)),
+        }
+        earlier: list[Value] = []
+        x = b.convolution(x, 4, 3)
+        for name in choose.choice(list(channels), 12):
+            earlier.append(x)
+            x = channels[name](b, x)
+            x = b.convolution(x, 4) if x.type.shape[1] < 2 else x
+        return x
+
+    relaid(body, (2, 3, 4, 5))
 
 
 def test_a_flattened_image_keeps_one_transpose() -> None:
