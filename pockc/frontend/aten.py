@@ -10,13 +10,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from pockc.errors import InternalError, UserError
 from pockc.ir import Array, Builder, TensorType, Value
 
 Operand = Value | float | int | bool
 Handler = Callable[..., "Value | tuple[Value | None, ...]"]
+AnyHandler = TypeVar("AnyHandler", bound=Handler)
 
 FAMILIES = (
     "aten_elementwise", "aten_reduce", "aten_shape", "aten_index", "aten_linear", "aten_conv", "aten_norm", "aten_nn",
@@ -26,9 +27,9 @@ FAMILIES = (
 KEEP_WHOLE = frozenset(
     {
         "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "conv1d", "conv2d", "cross_entropy_loss",
-        "detach", "dropout", "embedding", "feature_dropout", "gelu", "hardsigmoid", "hardswish", "hardtanh", "layer_norm",
-        "leaky_relu", "linear", "matmul", "mish", "nll_loss_nd", "relu6", "rms_norm", "scaled_dot_product_attention",
-        "silu", "softplus",
+        "detach", "dropout", "embedding", "feature_dropout", "gelu", "hardsigmoid", "hardswish", "hardtanh",
+        "layer_norm", "leaky_relu", "linear", "matmul", "mish", "nll_loss_nd", "relu6", "rms_norm",
+        "scaled_dot_product_attention", "silu", "softplus",
     }
 )  # fmt: skip
 
@@ -95,10 +96,10 @@ class Call:
         return self.transpose(value, (0, rank - 1, *range(1, rank - 1))) if rank > 2 else value
 
 
-def handles(*operators: str) -> Callable[[Handler], Handler]:
+def handles(*operators: str) -> Callable[[AnyHandler], AnyHandler]:
     """Decorator: enters a handler under the names of the operators, given without the leading ``aten.``."""
 
-    def register(handler: Handler) -> Handler:
+    def register(handler: AnyHandler) -> AnyHandler:
         for operator in operators:
             if f"aten.{operator}" in HANDLERS:
                 raise InternalError(f"two handlers for aten.{operator}")

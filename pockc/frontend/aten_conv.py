@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from pockc.frontend.aten import Call, handles, pair, refuse, refuse_unless, shape_of
 from pockc.ir import Value
@@ -100,7 +101,7 @@ def _convolution(
     return convolve(call, x, weight, bias, stride, padding, dilation, groups)
 
 
-def _pool(call: Call, op: str, x: Value, **attrs: object) -> Value:
+def _pool(call: Call, op: str, x: Value, **attrs: Any) -> Value:
     batched = call.reshape(x, (1, *shape_of(x))) if len(shape_of(x)) == 3 else x
     y = call.builder.multi(op, call.transpose(batched, (0, 2, 3, 1)), **attrs)[0]
     return call.reshape(call.transpose(y, (0, 3, 1, 2)), call.result.shape)

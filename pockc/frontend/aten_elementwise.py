@@ -230,8 +230,8 @@ def _logic(op: str) -> Callable[[Call, Value, Operand], Value]:
         left, right = call.value(x, "bool"), call.value(y, "bool")
         if op == "logical_and":
             for mask, other in ((left, right), (right, left)):
-                if _all_true(call, mask) and shape_of(other) == call.result.shape:
-                    return other
+                if _all_true(call, mask):
+                    return call.expand(other, call.result.shape)
         return call.builder(op, left, right)
 
     return handler
@@ -315,7 +315,7 @@ def _hardtanh(call: Call, x: Value, min_val: float = -1, max_val: float = 1) -> 
 
 
 @handles("clamp.default", "clip.default")
-def _clamp(call: Call, x: Value, min: float | None = None, max: float | None = None) -> Value:  # noqa: A002
+def _clamp(call: Call, x: Value, min: float | None = None, max: float | None = None) -> Value:
     if call.result.dtype != "f32":
         return _clamp_integers(call, x, min, max)
     low = -math.inf if min is None else float(min)
@@ -334,19 +334,19 @@ def _clamp_integers(call: Call, x: Value, low: float | None, high: float | None)
 
 
 @handles("clamp_min.default")
-def _clamp_min(call: Call, x: Value, min: float) -> Value:  # noqa: A002
+def _clamp_min(call: Call, x: Value, min: float) -> Value:
     return _clamp(call, x, min=min)
 
 
 @handles("clamp_max.default")
-def _clamp_max(call: Call, x: Value, max: float) -> Value:  # noqa: A002
+def _clamp_max(call: Call, x: Value, max: float) -> Value:
     return _clamp(call, x, max=max)
 
 
 @handles("clamp.Tensor", "clamp_min.Tensor", "clamp_max.Tensor")
-def _clamp_tensor(call: Call, x: Value, min: Value | None = None, max: Value | None = None) -> Value:  # noqa: A002
+def _clamp_tensor(call: Call, x: Value, min: Value | None = None, max: Value | None = None) -> Value:
     if call.operator == "aten.clamp_max.Tensor":
-        min, max = None, min  # noqa: A001  # the bound is the second argument there
+        min, max = None, min  # the bound is the second argument there
     if min is not None:
         x = _arithmetic(call, "maximum", x, min)
     if max is not None:

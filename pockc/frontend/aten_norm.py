@@ -18,7 +18,7 @@ def _frozen_batch_norm(
     call: Call, x: Value, weight: Value | None, bias: Value | None, running_mean: Value, running_var: Value,
     momentum: float, eps: float,
 ) -> tuple[Value | None, ...]:  # fmt: skip
-    """x * scale + shift, with scale = gamma / sqrt(var + eps) and shift = beta - mean * scale."""
+    """Computes x * scale + shift, with scale = gamma / sqrt(var + eps) and shift = beta - mean * scale."""
     b = call.builder
     scale = b("rsqrt", b("add", running_var, b.constant(eps)))
     if weight is not None:
@@ -68,7 +68,7 @@ def _instance_norm(
 
 
 def _channel_affine(call: Call, x: Value, weight: Value | None, bias: Value | None) -> Value:
-    """x * weight + bias with one number per channel, channels on axis 1."""
+    """Computes x * weight + bias with one number per channel, channels on axis 1."""
     broadcast = (-1, *[1] * (len(shape_of(x)) - 2))
     if weight is not None:
         x = call.builder("mul", x, call.reshape(weight, (shape_of(weight)[0], *broadcast[1:])))

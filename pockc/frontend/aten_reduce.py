@@ -128,7 +128,7 @@ def _vector_norm(
     ord: float = 2,
     dim: Dims = None,
     keepdim: bool = False,
-    dtype: str | None = None,  # noqa: A002
+    dtype: str | None = None,
 ) -> Value:
     b = call.builder
     refuse_unless(ord in (1, 2, math.inf), f"the {ord}-norm", supported="the 1-, 2- and infinity-norm")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 import operator
-import os
-import re
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,16 +20,13 @@ from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 from pockc.errors import InternalError, UserError, near_names
 from pockc.frontend.aten import KEEP_WHOLE, Call, hint_for, load_handlers, refuse
 from pockc.frontend.patterns import rewrite
-from pockc.ir import NUMPY_DTYPES, Array, Builder, Graph, Origin, TensorType, Value
+from pockc.frontend.source import MODEL, Problem, combined, origin_of, place_of, user_frame
+from pockc.ir import NUMPY_DTYPES, Array, Builder, Graph, TensorType, Value
 
 DTYPE_NAMES = {
     torch.float32: "f32", torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8", torch.bool: "bool",
 }  # fmt: skip
 _SUPPORTED_DTYPES = "float32, int64, int32, uint8 and bool"
-_MODEL = "model."  # the prefix that the wrapper puts before every name of the user's model
-_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
-_OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
-_TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _BATCHNORM_STATISTICS = ("running_mean", "running_var")
 
 
@@ -180,22 +175,25 @@ def _export(wrapper: _Entry, inputs: Mapping[str, Tensor]) -> ExportedProgram:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.export.export(wrapper, (), kwargs=dict(inputs))
-            table = torch.export.default_decompositions()
-            for overload in list(table):
-                if overload.name().removeprefix("aten::").split(".")[0] in KEEP_WHOLE:
-                    table.pop(overload)
-            return program.run_decompositions(table)
+            program: ExportedProgram = torch.export.export(wrapper, (), kwargs=dict(inputs))
+            table: Any = torch.export.default_decompositions()
+            kept: Any = {overload: rule for overload, rule in table.items() if not _kept_whole(str(overload))}
+            program = program.run_decompositions(kept)
+            return program
     except UserError:
         raise
     except Exception as error:  # whatever the user's forward or torch.export raises
         raise _export_error(error) from error
 
 
+def _kept_whole(overload: str) -> bool:
+    return overload.removeprefix("aten.").split(".")[0] in KEEP_WHOLE
+
+
 def _export_error(error: Exception) -> UserError:
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     frames = [(frame.filename, frame.lineno or 0) for frame in traceback.extract_tb(error.__traceback__)]
-    file, line = _user_frame(frames)
+    file, line = user_frame(frames)
     dynamic = "data-dependent" in str(error) or "data dependent" in str(error)
     return UserError(
         f"torch.export cannot capture this model: {type(error).__name__}: {first}",
@@ -208,40 +206,7 @@ def _export_error(error: Exception) -> UserError:
     )
 
 
-def _user_frame(frames: Sequence[tuple[str, int]]) -> tuple[str, int]:
-    """File and line of the innermost frame that is neither PyTorch's nor ours."""
-    for file, line in reversed(frames):
-        if not file.startswith((_OURS, _TORCH, "<")):
-            return _short(file), line
-    return "", 0
-
-
-def _short(file: str) -> str:
-    """A file name that is the same on every machine, where that is possible."""
-    if "site-packages" + os.sep in file:
-        return file.rpartition("site-packages" + os.sep)[2]
-    relative = os.path.relpath(file)
-    return file if relative.startswith(os.pardir) else relative
-
-
 # ---- the exported program to the IR ----
-
-
-@dataclass(frozen=True, slots=True)
-class _Problem:
-    """One thing that cannot be imported."""
-
-    place: str
-    operator: str
-    error: UserError
-
-    def __str__(self) -> str:
-        return f"{self.place}: {_sentence(self.operator, self.error)}"
-
-
-def _sentence(operator_name: str, error: UserError) -> str:
-    found = f"{operator_name}: {error.found}" if operator_name else error.found
-    return str(UserError(found, supported=error.supported, instead=error.instead))
 
 
 class _Unknown:
@@ -265,7 +230,7 @@ class _Importer:
         self.results: dict[fx.Node, _Result] = {}
         self.materialised: dict[fx.Node, Value] = {}
         self.states: dict[str, Value] = {}
-        self.problems: list[_Problem] = []
+        self.problems: list[Problem] = []
         self.aliases, self.tensors = _tied(wrapper)
         self.mutated = {_name(target) for target in program.graph_signature.buffers_to_mutate.values()}
         buffers = {_name(name) for name, _ in wrapper.named_buffers(remove_duplicate=False)}
@@ -276,11 +241,11 @@ class _Importer:
         self._inputs()
         for node in self.program.graph.nodes:
             if node.op == "call_function":
-                self.builder.origin = _origin(node)
+                self.builder.origin = origin_of(node)
                 self.results[node] = self._call(node)
         outputs, updates = self._outputs()
         if self.problems:
-            raise _combined(self.problems)
+            raise combined(self.problems)
         return self._graph(outputs, updates), self.aliases
 
     # -- inputs and states --
@@ -366,7 +331,8 @@ class _Importer:
 
     def _folded(self, node: fx.Node) -> _Result:
         """The node's result, computed now by PyTorch: nothing in it depends on inputs or parameters."""
-        arguments, keywords = fx.map_arg((node.args, node.kwargs), lambda n: self.results[n])
+        known: Any = self.results
+        arguments, keywords = fx.map_arg((node.args, node.kwargs), lambda argument: known[argument])
         with torch.no_grad():
             result: Tensor | Sequence[Tensor] = node.target(*arguments, **keywords)  # type: ignore[operator]
         return result if isinstance(result, Tensor) else tuple(result)
@@ -382,7 +348,7 @@ class _Importer:
             keywords = {key: self._operand(value) for key, value in node.kwargs.items() if key not in _IGNORED}
             result = handler(Call(self.builder, name, types, self.frozen), *arguments, **keywords)
         except UserError as error:
-            self.problems.append(_Problem(_place(node), name, error))
+            self.problems.append(Problem(place_of(node), name, error))
             return _stand_in(node)
         _check(name, result, types)
         return result
@@ -456,15 +422,15 @@ class _Importer:
     def _report(
         self, found: str, operator_name: str = "", node: Any = None, *, supported: str = "", instead: str = ""
     ) -> None:
-        place = _place(node) if isinstance(node, fx.Node) else "<model>"
-        self.problems.append(_Problem(place, operator_name, UserError(found, supported=supported, instead=instead)))
+        place = place_of(node) if isinstance(node, fx.Node) else "<model>"
+        self.problems.append(Problem(place, operator_name, UserError(found, supported=supported, instead=instead)))
 
 
 _IGNORED = frozenset({"device", "layout", "pin_memory", "memory_format", "non_blocking", "copy"})
 
 
 def _name(target: str) -> str:
-    return target.removeprefix(_MODEL)
+    return target.removeprefix(MODEL)
 
 
 def _tied(wrapper: nn.Module) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -539,32 +505,3 @@ def _check(name: str, result: Value | tuple[Value | None, ...], types: Sequence[
     for value, expected in zip(values, types, strict=False):
         if value is not None and expected is not None and value.type != expected:
             raise InternalError(f"the handler of {name} returns {value.type}; PyTorch returns {expected}")
-
-
-def _origin(node: fx.Node) -> Origin:
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    path = re.sub(r"@\d+", "", str(stack[-1][0])) if stack else ""
-    module = "" if path == _MODEL[:-1] else _name(path)
-    frames = [(file, int(line)) for file, line in _FRAME.findall(node.meta.get("stack_trace") or "")]
-    file, line = _user_frame(frames)
-    return Origin(module, file, line, "forward")
-
-
-def _place(node: fx.Node) -> str:
-    """``features.3.pool (AvgPool2d, model.py:12)``."""
-    origin = _origin(node)
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    kind = str(stack[-1][1]).rpartition(".")[2] if stack else ""
-    source = f"{origin.file}:{origin.line}" if origin.file else ""
-    return f"{origin.module or '<model>'} ({', '.join(filter(None, (kind, source)))})"
-
-
-def _combined(problems: Sequence[_Problem]) -> UserError:
-    """One error that lists every problem, each once."""
-    lines = list(dict.fromkeys(str(problem) for problem in problems))
-    if len(lines) == 1:
-        first = problems[0]
-        found = f"{first.operator}: {first.error.found}" if first.operator else first.error.found
-        return UserError(found, where=first.place, supported=first.error.supported, instead=first.error.instead)
-    listing = "".join(f"\n  {line}" for line in lines)
-    return UserError(f"{len(lines)} things in this model cannot be compiled:{listing}")
