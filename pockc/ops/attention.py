@@ -100,6 +100,8 @@ def _attention_vjp(builder: Builder, node: Node, cotangents: Cotangents, need: N
             instead="Freeze the parameters that the mask is computed from.",
         )
     ct = cotangent_of(node, cotangents)
+    if not need:
+        return [None] * len(node.inputs)
     q, k, v, *mask = node.inputs
     found = builder.multi("attention_grad", ct, q, k, v, *node.outputs, *mask, **node.attrs)
     gradients: list[Value | None] = [gradient if i in need else None for i, gradient in enumerate(found)]

@@ -195,7 +195,7 @@ def _torch_conv2d(attrs: Mapping[str, Any]) -> Any:
 
 _FUSED: tuple[Mapping[str, Any], ...] = (
     {"activation": "none"},
-    {"activation": "clip", "low": 0.0, "high": 6.0},
+    {"activation": "clip", "low": -0.5, "high": 6.0},
     {"activation": "silu"},
     {"activation": "hardswish"},
     {"activation": "gelu"},

@@ -145,7 +145,7 @@ define(
         _sample(f32(3, 4), f32(4, 5), fused=True),
         _sample(f32(2, 3, 4), f32(5, 4), fused=True, transpose_b=True, activation="gelu"),
         _sample(f32(3, 4), f32(5, 4), fused=True, transpose_b=True, activation="gelu_tanh"),
-        _sample(f32(3, 4), f32(4, 5), fused=True, activation="clip", low=0.0, high=6.0),
+        _sample(f32(3, 4), f32(4, 5), fused=True, activation="clip", low=-0.5, high=6.0),
         _sample(f32(3, 4), f32(4, 5), fused=True, activation="silu"),
         _sample(f32(3, 4), f32(4, 5), fused=True, activation="hardswish"),
     ],

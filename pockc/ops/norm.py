@@ -26,7 +26,7 @@ from pockc.ops.common import (
 
 def _require_normalisable(x: TensorType, minimum_rank: int = 1) -> None:
     require_dtype("x", x, "f32")
-    require(len(x.shape) >= minimum_rank, f"x must have at least {minimum_rank} axes, not {x}")
+    require(len(x.shape) >= minimum_rank, f"x must have a rank of at least {minimum_rank}, not {x}")
 
 
 def _require_channels(x: TensorType, **vectors: TensorType | None) -> None:
@@ -176,7 +176,7 @@ def _layer_norm_rule(
     x: TensorType, gamma: TensorType | None = None, beta: TensorType | None = None, *, epsilon: float
 ) -> TensorType:
     _require_normalisable(x)
-    require((gamma is None) == (beta is None), "layer_norm takes gamma and beta, or neither")
+    require((gamma is None) == (beta is None), "gamma and beta are given together or not at all")
     _require_channels(x, gamma=gamma, beta=beta)
     return x
 

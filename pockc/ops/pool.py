@@ -97,11 +97,17 @@ _MAX_CASES: tuple[tuple[TensorType, Mapping[str, Any]], ...] = (
 
 def _torch_max_pool2d(attrs: Mapping[str, Any]) -> Any:
     top, bottom, left, right = attrs["padding"]
+    (stride_y, stride_x), (dilation_y, dilation_x) = attrs["stride"], attrs.get("dilation", (1, 1))
 
     def run(torch: Any, x: Any) -> Any:
         x = torch.nn.functional.pad(x.permute(0, 3, 1, 2), (left, right, top, bottom), value=-torch.inf)
-        y = torch.nn.functional.max_pool2d(x, attrs["kernel"], attrs["stride"], 0, attrs.get("dilation", 1))
-        return y.permute(0, 2, 3, 1)
+        window = (attrs["kernel"], attrs["stride"], 0, (dilation_y, dilation_x))
+        y, flat = torch.nn.functional.max_pool2d(x, *window, return_indices=True)
+        # torch gives positions in the padded image, we give positions in the window.
+        row = (flat // x.shape[3] - stride_y * torch.arange(y.shape[2])[:, None]) // dilation_y
+        column = (flat % x.shape[3] - stride_x * torch.arange(y.shape[3])) // dilation_x
+        positions = (row * attrs["kernel"][1] + column).to(torch.uint8)
+        return y.permute(0, 2, 3, 1), positions.permute(0, 2, 3, 1)
 
     return run
 
@@ -112,7 +118,8 @@ def _max_grad_samples() -> list[Sample]:
     for x, attrs in _MAX_CASES:
         random = np.random.default_rng(x.elements).standard_normal(x.shape).astype(np.float32)
         y, indices = _max_pool2d(random, **attrs)
-        torch = _torch_gradient_at(_torch_max_pool2d(attrs), random)
+        forward = _torch_max_pool2d(attrs)
+        torch = _torch_gradient_at(lambda t, x, forward=forward: forward(t, x)[0], random)
         samples.append(Sample((f32(*y.shape), indices), {"size": x.shape[1:3], **attrs}, torch))
     return samples
 
