@@ -58,7 +58,12 @@ def copy_runner(device: devices.Device, folder: Path) -> Path:
 
 def workspace_of(threads: int) -> Callable[[Node], int]:
     """For `passes.memory`: bytes of scratch memory that a node's kernel wants with that many threads."""
-    return lambda node: workspace.workspace_bytes(node, threads)
+
+    def bytes_of(node: Node) -> int:
+        inputs, outputs = [v.type for v in node.inputs], [v.type for v in node.outputs]
+        return workspace.workspace_bytes(node.op, inputs, outputs, node.attrs, threads)
+
+    return bytes_of
 
 
 NATIVE = Native()
