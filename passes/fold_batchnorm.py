@@ -82,7 +82,7 @@ class _Folding:
         if inner is None or self.rewriter.uses[inner.outputs[0]] != 1 or not self.is_bias(inner):
             return None
         y, first = inner.inputs
-        if first not in self.static or second not in self.static or first.type != second.type or y in self.static:
+        if first not in self.static or second not in self.static or first.type != second.type:
             return None
         return self.rewriter.emit(inner, "add", (y, self.emit(node, "add", first, second)))
 

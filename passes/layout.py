@@ -127,8 +127,7 @@ class Layout:
         results = set(self.graph.results()) | set(self.graph.updates)
 
         def is_weight(value: Value) -> bool:
-            found = readers.get(value, [])
-            return value not in results and all(n.op == "conv2d" and n.inputs.index(value) == 1 for n in found)
+            return all(n.op == "conv2d" and n.inputs.index(value) == 1 for n in readers.get(value, []))
 
         states: dict[Value, State] = {}
         for value, state in self.graph.states.items():

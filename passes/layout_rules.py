@@ -99,8 +99,6 @@ def _reshape(layout: Layout, node: Node) -> Carried | None:
     source, target = node.inputs[0].type.shape, node.attrs["shape"]
     if permutation == identity(len(permutation)):
         return None
-    if keeps_order(base.type.shape, permutation):
-        return Carried((base,), node.attrs, identity(len(target)))
     groups = sorted(axis_groups(source, target), key=lambda group: min(permutation[axis] for axis in group[0]))
     needed = tuple(permutation[axis] for taken, _ in groups for axis in taken)
     made = tuple(axis for _, given in groups for axis in given)

@@ -118,6 +118,14 @@ def test_a_convolution_with_another_reader_keeps_its_scale() -> None:
     assert op_counts(after.nodes) == op_counts(before.nodes)
 
 
+def test_a_sum_with_another_reader_is_not_computed_twice() -> None:
+    b = Network()
+    x = b.input("x", TensorType((4, 3)))
+    y = b("add", x, b.tensor("first", 3))
+    before = b.build({"y": y, "z": b("add", y, b.tensor("second", 3))})
+    assert op_counts(fold_batchnorm.run(before, recipe()).nodes) == {"add": 2}
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_norm_after_a_linear_layer_is_folded(transposed: bool) -> None:
     b = Network()

@@ -91,7 +91,7 @@ def test_a_bias_that_is_computed_after_the_product_is_in_place_before_it() -> No
     assert [node.op for node in fused(body).nodes] == ["exp", "matmul"]
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (2, 4)])
+@pytest.mark.parametrize("shape", [(), (1,), (2, 4), (1, 1, 4)])
 def test_what_is_no_bias_vector_is_added_separately(shape: tuple[int, ...]) -> None:
     after = fused(lambda b, x: b("add", linear(b, x), parameter(b, "bias", *shape)), (2, 3))
     assert [node.op for node in after.nodes] == ["matmul", "add"]

@@ -137,6 +137,10 @@ def normalised(b: Network, x: Value) -> Value:
     return pooled(b, b("div", x, b("add", b("exp", largest), b("reduce_sum", b("exp", x), axes=(1,), keepdims=True))))
 
 
+def row_means(b: Network, x: Value) -> Value:
+    return b("matmul", b("reduce_mean", b("exp", b.convolution(x, 4)), axes=(1,)), b.parameter("head", 8, 3))
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -152,6 +156,7 @@ def normalised(b: Network, x: Value) -> Value:
         patches,
         masked,
         normalised,
+        row_means,
     ],
 )
 def test_the_only_transpose_left_is_that_of_the_input(body: Body) -> None:
@@ -161,6 +166,11 @@ def test_the_only_transpose_left_is_that_of_the_input(body: Body) -> None:
 
 def reshaped_within(b: Network, x: Value, shape: tuple[int, ...]) -> Value:
     return b("reshape", b("tanh", b("reshape", x, shape=shape)), shape=x.type.shape)
+
+
+def column_means(b: Network, x: Value) -> Value:
+    batch, channels, _, width = x.type.shape
+    return b("reshape", b("reduce_mean", x, axes=(2,)), shape=(batch, channels, 1, width))
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -186,6 +196,7 @@ def test_random_networks_compute_the_same(seed: int) -> None:
             "slice": lambda b, x: b("slice", x, axis=1, start=1, stop=x.type.shape[1]),
             "pad": lambda b, x: b("pad", x, before=(0, 0, 1, 0), after=(0, 1, 0, 0), value=0.5),
             "cumsum": lambda b, x: b("cumsum", b("mul", x, b.constant(0.1)), axis=1),
+            "column means": lambda b, x: b("add", x, column_means(b, x)),
             "swap": lambda b, x: b("transpose", x, permutation=(0, 1, 3, 2)),
             "merge": lambda b, x: reshaped_within(b, x, (2, x.type.shape[1], x.type.shape[2] * x.type.shape[3])),
             "flatten": lambda b, x: reshaped_within(b, x, (2, x.type.elements // 2)),
@@ -280,6 +291,19 @@ def test_a_weight_with_another_reader_keeps_its_transpose() -> None:
     after = relaid(body)
     assert after.states[after.state("w")].permutation == ()
     assert len(transposes(after)) == 2
+
+
+@pytest.mark.parametrize("updated", [False, True])
+def test_a_weight_that_is_itself_a_result_keeps_its_layout(updated: bool) -> None:
+    network = Network()
+    x = network.input("x", TensorType((1, 3, 4, 4)))
+    weight, bias = network.parameter("w", 3, 3, 1, 1), network.parameter("b", 3)
+    y = network.wrapped(x, weight, bias)
+    new = network("neg", network.parameter("other", 3, 3, 1, 1))
+    before = network.build({"y": y}, {weight: new}) if updated else network.build({"y": y, "w": weight})
+    after = layout.run(before, RECIPE)
+    assert after.states[after.state("w")].permutation == ()
+    assert before.state("w") is after.state("w")
 
 
 def test_origins_and_state_names_survive() -> None:
