@@ -138,7 +138,10 @@ def _peak(memory: Mapping[str, Any]) -> list[tuple[str, ...]]:
 def _by_module(memory: Mapping[str, Any]) -> list[tuple[str, ...]]:
     sizes: dict[str, int] = {}
     for tensor in memory["tensors_at_peak"]:
-        sizes[tensor["module"]] = sizes.get(tensor["module"], 0) + tensor["nbytes"]
+        module = tensor["module"]
+        if tensor["kind"] == "optimizer_state":  # it says which parameter it belongs to
+            module = module.rpartition(".")[0]
+        sizes[module] = sizes.get(module, 0) + tensor["nbytes"]
     return [(module or "<model>", _size(n)) for module, n in sorted(sizes.items(), key=lambda item: -item[1])]
 
 
