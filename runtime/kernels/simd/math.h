@@ -156,8 +156,8 @@ POCKC_INLINE vf silu_slope(vf x) {
 }
 POCKC_INLINE vf hardswish_slope(vf x) {
   const vf middle = fma(x, splat(1.0f / 3.0f), splat(0.5f));
-  vf y = select(x < splat(3.0f), middle, splat(1.0f));
-  return select(x > splat(-3.0f), y, splat(0.0f));
+  const vf y = select(x > splat(3.0f), splat(1.0f), middle);
+  return select(x < splat(-3.0f), splat(0.0f), y);
 }
 
 // The epilogue of a matrix product or convolution: the values are the op table's ENUM.

@@ -85,7 +85,7 @@ POCKC_INLINE float fma(float a, float b, float c) {
 
 POCKC_INLINE vf square_root(vf x) {
 #if defined(__AVX512F__)
-  return _mm512_sqrt_ps(x);
+  return _mm512_maskz_sqrt_ps(0xffff, x);  // the unmasked form trips -Wmaybe-uninitialized in GCC 12
 #elif defined(__AVX2__)
   return _mm256_sqrt_ps(x);
 #elif defined(__x86_64__)

@@ -1,0 +1,135 @@
+// reduce_sum and reduce_mean over one run of neighbouring axes, and sum_squares.
+//
+// The tensor is [outer, length, inner]. With inner > 1 (bias gradients, spatial means) lanes are columns:
+// rows are added in order within blocks of kBlockRows, block sums in order. With inner == 1 a row is summed
+// by sixteen lanes in blocks of kBlockElements, block sums in order. Both depend on the shape alone.
+#include "simd/attributes.h"
+
+namespace pockc {
+namespace POCKC_SIMD_NAMESPACE {
+namespace {
+
+constexpr int64_t kBlockRows = 128;
+constexpr int64_t kBlockElements = 4096;
+constexpr int kGroup = 4;  // vectors of columns summed together
+constexpr int64_t kGroupColumns = 64;
+
+struct Reduction {
+  bool valid = false;
+  int64_t outer = 1, length = 1, inner = 1;
+};
+
+Reduction describe(const Call& call) {
+  Reduction r;
+  const Tensor& x = call.inputs[0];
+  if (!is_f32(x) || elements(x) == 0) return r;
+  const int64_t count = call.ints[0];
+  const int64_t first = call.ints[1], last = call.ints[count];
+  // Axes between that are not reduced must have one element.
+  int64_t next = 1;
+  for (int64_t axis = 0; axis < x.rank; ++axis) {
+    const bool reduced = next <= count && call.ints[next] == axis;
+    if (reduced) ++next;
+    if (axis < first) {
+      r.outer *= x.dims[axis];
+    } else if (axis > last) {
+      r.inner *= x.dims[axis];
+    } else {
+      if (!reduced && x.dims[axis] != 1) return r;
+      r.length *= x.dims[axis];
+    }
+  }
+  r.valid = true;
+  return r;
+}
+
+template <typename F>
+POCKC_INLINE float sum_row(const float* x, int64_t n, F term) {
+  float total = 0;
+  for (int64_t i = 0; i < n; i += kBlockElements) {
+    Lanes sum = Lanes::all(0);
+    const float* block = x + i;
+    for_lanes(minimum(kBlockElements, n - i), [&](int j, int64_t at, int64_t valid) {
+      sum.v[j] = term(load_n(block + at, valid), sum.v[j]);
+    });
+    total += sum.sum();
+  }
+  return total;
+}
+
+// Columns [c0, c1) of one [length, inner] matrix, c1 - c0 <= kGroup * W or so.
+void sum_columns(const float* x, int64_t length, int64_t inner, int64_t c0, int64_t c1, float scale_by,
+                 float* out) {
+  for (int64_t begin = 0; begin < length; begin += kBlockRows) {
+    const int64_t end = minimum(length, begin + kBlockRows);
+    const bool last = end == length;
+    for (int64_t c = c0; c < c1; c += kGroup * W) {
+      const int64_t columns = minimum<int64_t>(c1 - c, kGroup * W);
+      vf sum[kGroup] = {};
+      if (columns == kGroup * W) {
+        for (int64_t row = begin; row < end; ++row) {
+          POCKC_UNROLL
+          for (int j = 0; j < kGroup; ++j) sum[j] += load(x + row * inner + c + j * W);
+        }
+      } else {
+        for (int64_t row = begin; row < end; ++row) {
+          for (int j = 0; j * W < columns; ++j) {
+            sum[j] += load_n(x + row * inner + c + j * W, minimum<int64_t>(W, columns - j * W));
+          }
+        }
+      }
+      for (int j = 0; j * W < columns; ++j) {
+        const int64_t valid = minimum<int64_t>(W, columns - j * W);
+        vf total = begin == 0 ? sum[j] : load_n(out + c + j * W, valid) + sum[j];
+        if (last && scale_by != 1.0f) total = total / splat(scale_by);
+        store_n(out + c + j * W, total, valid);
+      }
+    }
+  }
+}
+
+Status reduce(const Call& call, bool mean) {
+  const Reduction r = describe(call);
+  const float* x = call.inputs[0].as<float>();
+  float* out = call.outputs[0].as<float>();
+  const float divisor = mean ? static_cast<float>(r.length) : 1.0f;
+  if (r.inner == 1) {
+    parallel(
+        call, r.outer, maximum<int64_t>(1, kElementGrain / r.length), [&](int64_t begin, int64_t end, int) {
+          for (int64_t row = begin; row < end; ++row) {
+            out[row] = sum_row(x + row * r.length, r.length, [](vf v, vf sum) { return sum + v; }) / divisor;
+          }
+        });
+    return PK_OK;
+  }
+  const int64_t groups = divide_up(r.inner, kGroupColumns);
+  const int64_t grain = maximum<int64_t>(1, kElementGrain / (r.length * minimum(r.inner, kGroupColumns)));
+  parallel(call, r.outer * groups, grain, [&](int64_t begin, int64_t end, int) {
+    // A range of groups of one matrix is walked together: memory is then read in longer runs.
+    for (int64_t unit = begin; unit < end;) {
+      const int64_t o = unit / groups;
+      const int64_t stop = minimum(end, (o + 1) * groups);
+      sum_columns(x + o * r.length * r.inner, r.length, r.inner, (unit - o * groups) * kGroupColumns,
+                  minimum(r.inner, (stop - o * groups) * kGroupColumns), divisor, out + o * r.inner);
+      unit = stop;
+    }
+  });
+  return PK_OK;
+}
+
+}  // namespace
+
+bool accepts_reduce_sum(const Call& call) { return describe(call).valid; }
+Status run_reduce_sum(const Call& call) { return reduce(call, false); }
+bool accepts_reduce_mean(const Call& call) { return describe(call).valid; }
+Status run_reduce_mean(const Call& call) { return reduce(call, true); }
+
+bool accepts_sum_squares(const Call& call) { return is_f32(call.inputs[0]); }
+Status run_sum_squares(const Call& call) {
+  *call.outputs[0].as<float>() = sum_row(call.inputs[0].as<float>(), elements(call.inputs[0]),
+                                         [](vf v, vf sum) { return fma(v, v, sum); });
+  return PK_OK;
+}
+
+}  // namespace POCKC_SIMD_NAMESPACE
+}  // namespace pockc
