@@ -37,7 +37,9 @@ def training_step() -> Graph:
     y, indices = builder.multi("max_pool2d", y, kernel=(3, 3), stride=(1, 1), padding=(0, 0, 0, 0), hint="pool")
     builder.origin = Origin("classifier")
     pooled = builder("reduce_mean", y, axes=(1, 2))
-    logits = builder("mul", builder("add", pooled, bias), builder.constant(np.array([0.5, 1.0, 1e-7, -3.0])), hint="logits")
+    logits = builder(
+        "mul", builder("add", pooled, bias), builder.constant(np.array([0.5, 1.0, 1e-7, -3.0])), hint="logits"
+    )
     builder.origin = Origin()
     loss = builder("cross_entropy", logits, labels, label_smoothing=0.1, hint="loss")
     builder.origin = Origin("", "train.py", 1, "backward")

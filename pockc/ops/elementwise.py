@@ -185,15 +185,23 @@ def _binary(
     saves: str = "",
     low: float = -2.0,
     integers: bool = True,
+    linear: bool = False,
 ) -> None:
-    """Define a binary op from the gradients of its operands in the shape of the output."""
+    """Define a binary op from the gradients of its operands.
+
+    Those have the shape of the output and are summed to that of the operand; where they read nothing but the cotangent
+    (``linear``), that is summed first, so that they have less to do.
+    """
 
     def vjp(builder: Builder, node: Node, cotangents: Cotangents, need: Need) -> Gradients:
         ct = cotangent_of(node, cotangents)
         gradients: list[Value | None] = [None, None]
         for i, rule in enumerate((left, right)):
-            if i in need:
-                gradients[i] = unbroadcast(builder, rule(builder, node, ct), node.inputs[i].type.shape)
+            shape = node.inputs[i].type.shape
+            if i in need and linear:
+                gradients[i] = rule(builder, node, unbroadcast(builder, ct, shape))
+            elif i in need:
+                gradients[i] = unbroadcast(builder, rule(builder, node, ct), shape)
         return gradients
 
     shapes = [
@@ -251,8 +259,8 @@ def _extremum_gradient(operand: int, loses: str) -> Callable[[Builder, Node, Val
     return rule
 
 
-_binary("add", np.add, lambda b, n, ct: ct, lambda b, n, ct: ct, lambda t, x, y: x + y)
-_binary("sub", np.subtract, lambda b, n, ct: ct, lambda b, n, ct: b("neg", ct), lambda t, x, y: x - y)
+_binary("add", np.add, lambda b, n, ct: ct, lambda b, n, ct: ct, lambda t, x, y: x + y, linear=True)
+_binary("sub", np.subtract, lambda b, n, ct: ct, lambda b, n, ct: b("neg", ct), lambda t, x, y: x - y, linear=True)
 _binary(
     "mul",
     np.multiply,

@@ -7,7 +7,7 @@ The order of operations is that of torch.optim, so that trajectories agree to ro
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -69,39 +69,54 @@ def _sgd(
     return _written(p, part - lr * (g + weight_decay * part), indices, axis)
 
 
+RATE = np.float32(0.05)
+
+
 def _samples(
-    slots: int, scalars: tuple[Any, ...], attrs: tuple[Mapping[str, Any], ...], torch: Any = None
+    slots: int, scalars: tuple[Any, ...], attrs: tuple[Mapping[str, Any], ...], torch: Callable[..., Any]
 ) -> list[Sample]:
     """Whole and indexed updates for every set of attributes; slots are positive, as squares are.
 
     ``torch(attrs)`` makes the torch counterpart of the whole update.
     """
-    whole = (f32(5, 7), *(f32(5, 7),) * (1 + slots), *scalars)
-    found = [Sample(whole, a, torch and torch(a), low=0.1) for a in attrs]
-    found.append(Sample((f32(), *(f32(),) * (1 + slots), *scalars), attrs[0], torch and torch(attrs[0]), low=0.1))
+    sizes = (f32(5, 7), f32())
+    found = [Sample((*(x,) * (2 + slots), *scalars), a, torch(a), low=0.1) for a in attrs for x in sizes]
     last = attrs[-1]
-    first_axis = (f32(5, 7), *(f32(2, 7),) * (1 + slots), *scalars, np.array([3, 1], np.int32))
-    second_axis = (f32(2, 6, 3), *(f32(2, 3, 3),) * (1 + slots), *scalars, np.array([0, 2, 5], np.int32))
-    return [*found, Sample(first_axis, last, low=0.1), Sample(second_axis, {**last, "axis": 1}, low=0.1)]
+    for whole, part, indices, axis in (
+        (f32(5, 7), f32(2, 7), np.array([3, 1], np.int32), 0),
+        (f32(2, 6, 3), f32(2, 3, 3), np.array([0, 2, 5], np.int32), 1),
+    ):
+        operands = (whole, *(part,) * (1 + slots), *scalars, indices)
+        found.append(Sample(operands, {**last, "axis": axis}, _torch_part(torch(last), axis), low=0.1))
+    return found
 
 
-RATE = np.float32(0.05)
+def _torch_part(whole: Callable[..., Any], axis: int) -> Callable[..., Any]:
+    """The update of the indexed part, from that of a whole parameter."""
+
+    def run(torch: Any, p: Any, *rest: Any) -> Any:
+        *operands, indices = rest
+        found = whole(torch, p.index_select(axis, indices), *operands)
+        part, *slots = found if isinstance(found, tuple) else (found,)
+        return p.index_copy(axis, indices.long(), part), *slots
+
+    return run
 
 
-def _torch_step(name: str, slots: tuple[str, ...], options: Mapping[str, Any], has_step: bool) -> Any:
+def _torch_step(name: str, slots: tuple[str, ...], options: Mapping[str, Any]) -> Callable[..., Any]:
     """One step of a torch optimizer from given slots: ``(torch, p, g, *slots, lr, [step])`` -> new p and slots."""
 
     def run(torch: Any, p: Any, g: Any, *rest: Any) -> Any:
-        given, lr = rest[: len(slots)], rest[len(slots)]
+        given, lr, *step = rest[: len(slots)], *rest[len(slots) :]
         parameter = torch.nn.Parameter(p.clone())
         parameter.grad = g.clone()
         optimizer = getattr(torch.optim, name)([parameter], lr=float(lr), foreach=False, **options)
-        state: dict[str, Any] = {slot: value.clone() for slot, value in zip(slots, given, strict=True)}
-        if has_step:
-            state["step"] = (rest[-1] - 1).float()  # torch counts before it steps
-        optimizer.state[parameter] = state
+        if name != "SGD" or not step or int(step[0]) > 1:  # before its first step SGD has no slot, Adam has zeros
+            state: dict[str, Any] = {slot: value.clone() for slot, value in zip(slots, given, strict=True)}
+            optimizer.state[parameter] = {**state, "step": (step[0] - 1).float()} if step else state
         optimizer.step()
-        return parameter.detach(), *(state[slot] for slot in slots)
+        found = optimizer.state[parameter]
+        return parameter.detach(), *(found[slot] for slot in slots)
 
     return run
 
@@ -114,7 +129,7 @@ define(
         0,
         (RATE,),
         ({}, {"weight_decay": 0.1}),
-        lambda a: lambda t, *xs: _torch_step("SGD", (), a, False)(t, *xs)[0],
+        lambda attrs: _torch_step("SGD", (), attrs),
     ),
     in_place=(0,),
 )
@@ -172,15 +187,8 @@ _MOMENTUM_ATTRS = (
 )
 
 
-def _torch_momentum(attrs: Mapping[str, Any]) -> Any:
-    def run(torch: Any, p: Any, g: Any, m: Any, lr: Any, step: Any) -> Any:
-        if step == 1:  # torch's slot does not exist yet
-            expected = g + attrs.get("weight_decay", 0.0) * p
-            direction = expected + attrs["momentum"] * expected if attrs.get("nesterov") else expected
-            return p - lr * direction, expected
-        return _torch_step("SGD", ("momentum_buffer",), attrs, False)(torch, p, g, m, lr)
-
-    return run
+def _torch_momentum(attrs: Mapping[str, Any]) -> Callable[..., Any]:
+    return _torch_step("SGD", ("momentum_buffer",), attrs)
 
 
 define(
@@ -266,7 +274,7 @@ def _torch_adam(attrs: Mapping[str, Any]) -> Any:
         "eps": attrs["epsilon"],
         "weight_decay": attrs.get("weight_decay", 0.0),
     }
-    return _torch_step("AdamW" if attrs.get("decoupled", True) else "Adam", ("exp_avg", "exp_avg_sq"), options, True)
+    return _torch_step("AdamW" if attrs.get("decoupled", True) else "Adam", ("exp_avg", "exp_avg_sq"), options)
 
 
 define(
