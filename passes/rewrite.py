@@ -103,11 +103,11 @@ def live_nodes(nodes: list[Node], results: Iterable[Value]) -> list[Node]:
 
 
 def is_frozen(graph: Graph, recipe: Recipe, value: Value) -> bool:
-    """Whether ``value`` is a state that never changes: neither trained nor updated, and no slot or counter."""
+    """Whether ``value`` is a state that no entry changes: neither trained nor updated, and no slot or counter."""
     state = graph.states.get(value)
     if state is None or state.kind not in FROZEN_KINDS or value in graph.updates:
         return False
-    return state.kind == "constant" or value.name not in recipe.trained
+    return state.kind == "constant" or not (value.name in recipe.trained or value.name in recipe.updated_buffers)
 
 
 def derived(graph: Graph, roots: Iterable[Value]) -> set[Value]:

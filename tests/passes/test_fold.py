@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from pockc.interp import evaluate
@@ -45,6 +47,13 @@ def test_trained_and_updated_states_are_not_known() -> None:
     results = [b("exp", v) for v in (trained, mean, slot)] + [b("cast", counter, dtype="f32")]
     graph = b.build({f"y{i}": v for i, v in enumerate(results)}, {mean: results[1]})
     assert ops(fold.run(graph, recipe("w"))) == ops(graph)
+
+
+def test_statistics_that_another_entry_updates_are_not_known() -> None:
+    b = Builder()
+    graph = b.build({"y": b("rsqrt", b.state("bn.running_var", "buffer", ones(4)))})
+    options = replace(recipe(), batchnorm="train", updated_buffers=frozenset({"bn.running_var"}))
+    assert ops(fold.run(graph, options)) == ["rsqrt"]
 
 
 def test_a_frozen_parameter_that_is_read_directly_stays_one() -> None:

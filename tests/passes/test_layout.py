@@ -293,6 +293,19 @@ def test_a_weight_with_another_reader_keeps_its_transpose() -> None:
     assert len(transposes(after)) == 2
 
 
+def test_a_weight_that_is_read_in_two_layouts_keeps_its_own() -> None:
+    def body(b: Network, x: Value) -> Value:
+        weight = b.parameter("w", 3, 3, 3, 3)
+        x = b("transpose", x, permutation=NHWC)
+        for permutation in (NHWC, (0, 3, 2, 1)):
+            x = b("conv2d", x, b("transpose", weight, permutation=permutation), padding=(1, 1, 1, 1))
+        return x
+
+    after = relaid(body)
+    assert after.states[after.state("w")].permutation == ()
+    assert len(transposes(after)) == 3
+
+
 @pytest.mark.parametrize("updated", [False, True])
 def test_a_weight_that_is_itself_a_result_keeps_its_layout(updated: bool) -> None:
     network = Network()
