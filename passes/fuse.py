@@ -41,7 +41,12 @@ def _product(rewriter: Rewriter, value: Value) -> Node | None:
 
 
 def _with_bias(rewriter: Rewriter, node: Node) -> Value | None:
-    """The product with a bias operand; at the place of the addition, where the bias is known to be computed."""
+    """The product with a bias operand; at the place of the addition, where the bias is known to be computed.
+
+    An addition that updates a state stays: it runs in the state's own buffer, which a product cannot.
+    """
+    if node.origin.phase == "update":
+        return None
     inputs = rewriter.inputs(node)
     for y, bias in (inputs, inputs[::-1]):
         product = _product(rewriter, y)

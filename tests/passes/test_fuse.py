@@ -153,6 +153,16 @@ def test_the_backward_pass_decides_what_is_fused(activation: str, left: int) -> 
     assert counts.get(activation, 0) == left
 
 
+def test_an_addition_that_updates_a_state_stays() -> None:
+    b = Builder()
+    x = b.input("x", TensorType((1, 3)))
+    gradient = linear(b, x)
+    accumulated = b.state("w.accumulated", "slot", np.zeros((1, 4), np.float32))
+    b.origin = Origin(phase="update")
+    before = b.build({}, {accumulated: b("add", accumulated, gradient)})
+    assert [node.op for node in fuse.run(before, recipe()).nodes] == ["matmul", "add"]
+
+
 def mobilenet_block() -> Graph:
     """Expand, depthwise, project, add: NCHW with a transpose around every convolution, norms in eval mode."""
     b = Builder()
