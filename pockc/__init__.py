@@ -2,8 +2,9 @@
 
 from pockc.build import build
 from pockc.errors import InternalError, PockcError, UserError
+from pockc.memory_report import MemoryReport
 from pockc.optim import SGD, Adam, AdamW, Group, Lion, Optimizer, Schedule
-from pockc.program import MemoryReport, Program
+from pockc.program import Program
 from pockc.scheme import Scheme
 from pockc.session import Session
 
