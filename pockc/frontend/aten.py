@@ -27,7 +27,7 @@ FAMILIES = (
 KEEP_WHOLE = frozenset(
     {
         "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "conv1d", "conv2d", "cross_entropy_loss",
-        "detach", "dropout", "embedding", "feature_dropout", "gelu", "hardsigmoid", "hardswish", "hardtanh",
+        "dropout", "embedding", "gelu", "hardsigmoid", "hardswish", "hardtanh",
         "layer_norm", "leaky_relu", "linear", "matmul", "mish", "nll_loss_nd", "relu6", "rms_norm",
         "scaled_dot_product_attention", "silu", "softplus",
     }

@@ -281,12 +281,6 @@ def _to_copy(call: Call, x: Value, dtype: str | None = None, **_: object) -> Val
 
 @handles("clone.default", "alias.default", "detach.default", "lift_fresh_copy.default", "contiguous.default")
 def _identity(call: Call, x: Value, **_: object) -> Value:
-    # A cut of the gradient cannot be seen in the graph, so `detach` of something trainable would train it.
-    refuse_unless(
-        not call.operator.startswith("aten.detach") or x.type.dtype != "f32",
-        "detach() inside the model, which would stop a gradient",
-        supported="freezing parameters by the scheme",
-    )
     return x
 
 

@@ -19,14 +19,11 @@ def _dropout(call: Call, x: Value, p: float, train: bool) -> Value | tuple[Value
     return (y, None) if len(call.results) > 1 else y
 
 
-@handles("feature_dropout.default")
-def _feature_dropout(call: Call, x: Value, p: float, train: bool) -> Value:
-    """Whole channels fall together: dropout of ones, one for each channel, broadcast over the pixels."""
-    if not train or p == 0:
-        return x
-    shape = (*shape_of(x)[:2], *[1] * (len(shape_of(x)) - 2))
-    ones = call.builder.constant(np.ones(shape))
-    return call.builder("mul", x, dropout(call.builder, ones, p))
+@handles("bernoulli.p")
+def _bernoulli(call: Call, x: Value, p: float = 0.5) -> Value:
+    """Ones with probability p, else zeros: what Dropout2d multiplies whole channels by."""
+    ones = call.builder.constant(np.ones(shape_of(x)))
+    return dropout(call.builder, ones, 1.0 - p, scale=1.0)
 
 
 @handles("cross_entropy_loss.default")

@@ -16,8 +16,8 @@ def counter(builder: Builder, name: str) -> Value:
     return found or builder.state(name, "counter", np.zeros((), dtype=np.int64))
 
 
-def dropout(builder: Builder, x: Value, probability: float) -> Value:
-    """Zeroes elements of a f32 tensor with this probability, and scales the others by 1 / (1 - probability).
+def dropout(builder: Builder, x: Value, probability: float, scale: float | None = None) -> Value:
+    """Zeroes elements of a f32 tensor with this probability, and scales the others, by 1 / (1 - probability) if unsaid.
 
     Every dropout of a graph draws from a stream of its own, numbered in the order of the graph.
     """
@@ -28,4 +28,4 @@ def dropout(builder: Builder, x: Value, probability: float) -> Value:
     stream = sum(node.op == "dropout_mask" for node in builder.nodes)
     seed, step = counter(builder, SEED), counter(builder, STEP)
     mask = builder("dropout_mask", seed, step, elements=x.type.elements, probability=float(probability), stream=stream)
-    return builder("apply_mask", x, mask, scale=1.0 / (1.0 - probability))
+    return builder("apply_mask", x, mask, scale=1.0 / (1.0 - probability) if scale is None else scale)

@@ -17,16 +17,16 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 
-from pockc.errors import InternalError, UserError, near_names
+from pockc.errors import InternalError, UserError
 from pockc.frontend.aten import KEEP_WHOLE, Call, hint_for, load_handlers, refuse
+from pockc.frontend.gradients import stopped_gradients
 from pockc.frontend.patterns import rewrite
 from pockc.frontend.source import MODEL, Problem, combined, origin_of, place_of, user_frame
 from pockc.ir import NUMPY_DTYPES, Array, Builder, Graph, TensorType, Value
 
-DTYPE_NAMES = {
-    torch.float32: "f32", torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8", torch.bool: "bool",
-}  # fmt: skip
-_SUPPORTED_DTYPES = "float32, int64, int32, uint8 and bool"
+# Not uint8: in the IR that is the type of bit masks, and nothing casts from it.
+DTYPE_NAMES = {torch.float32: "f32", torch.int64: "i64", torch.int32: "i32", torch.bool: "bool"}
+_SUPPORTED_DTYPES = "float32, int64, int32 and bool"
 _BATCHNORM_STATISTICS = ("running_mean", "running_var")
 
 
@@ -72,11 +72,13 @@ def trace(
             listed.
     """
     inputs = _named_inputs(model, example_inputs)
+    if isinstance(loss, str):
+        inputs.pop("labels", None)  # the target of a loss that is added later
     output_names: list[Sequence[str]] = []
     wrapper = _Entry(model, loss, output_names.append)
     with _modes(model, batchnorm, training):
-        program = _export(wrapper, inputs)
-    graph, aliases = _Importer(wrapper, program, list(inputs), output_names[-1]).run()
+        program, problems = _export(wrapper, inputs)
+    graph, aliases = _Importer(wrapper, program, list(inputs), output_names[-1], problems).run()
     modules = {path: type(module).__name__ for path, module in model.named_modules(remove_duplicate=False)}
     return Imported(rewrite(graph), aliases, modules, None if isinstance(loss, str) else "loss")
 
@@ -171,15 +173,17 @@ def _modes(model: nn.Module, batchnorm: str, training: bool | None) -> Iterator[
 # ---- torch.export ----
 
 
-def _export(wrapper: _Entry, inputs: Mapping[str, Tensor]) -> ExportedProgram:
+def _export(wrapper: _Entry, inputs: Mapping[str, Tensor]) -> tuple[ExportedProgram, list[Problem]]:
+    """The program in the operators that we handle, and what was seen to be wrong with it on the way."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program: ExportedProgram = torch.export.export(wrapper, (), kwargs=dict(inputs))
+            parameters = program.graph_signature.inputs_to_parameters
+            problems = list(stopped_gradients(program.graph, parameters))
             table: Any = torch.export.default_decompositions()
             kept: Any = {overload: rule for overload, rule in table.items() if not _kept_whole(str(overload))}
-            program = program.run_decompositions(kept)
-            return program
+            return program.run_decompositions(kept), problems
     except UserError:
         raise
     except Exception as error:  # whatever the user's forward or torch.export raises
@@ -220,7 +224,12 @@ _Result = Value | Tensor | _Unknown | tuple[Any, ...] | None
 
 class _Importer:
     def __init__(
-        self, wrapper: _Entry, program: ExportedProgram, input_names: Sequence[str], output_names: Sequence[str]
+        self,
+        wrapper: _Entry,
+        program: ExportedProgram,
+        input_names: Sequence[str],
+        output_names: Sequence[str],
+        problems: list[Problem],
     ) -> None:
         self.program = program
         self.input_names = input_names
@@ -230,7 +239,7 @@ class _Importer:
         self.results: dict[fx.Node, _Result] = {}
         self.materialised: dict[fx.Node, Value] = {}
         self.states: dict[str, Value] = {}
-        self.problems: list[Problem] = []
+        self.problems = problems
         self.aliases, self.tensors = _tied(wrapper)
         self.mutated = {_name(target) for target in program.graph_signature.buffers_to_mutate.values()}
         buffers = {_name(name) for name, _ in wrapper.named_buffers(remove_duplicate=False)}
@@ -269,7 +278,11 @@ class _Importer:
     def _user_input(self, name: str, node: fx.Node) -> Value | _Unknown:
         fake = node.meta["val"]
         if fake.dtype not in DTYPE_NAMES:
-            self._report(f"the input {name!r} is {_plain(fake.dtype)}", supported=_SUPPORTED_DTYPES)
+            self._report(
+                f"the input {name!r} is {_plain(fake.dtype)}",
+                supported=_SUPPORTED_DTYPES,
+                instead="Convert it before it reaches the model.",
+            )
             return _UNKNOWN
         return self.builder.input(name, TensorType(tuple(fake.shape), DTYPE_NAMES[fake.dtype]))
 
@@ -311,8 +324,8 @@ class _Importer:
         if name.startswith(("aten._assert", "aten.sym_constrain")):
             return None
         read = [self.results[argument] for argument in node.all_input_nodes]
-        if any(isinstance(result, _Unknown) for result in read):
-            return _UNKNOWN
+        if any(isinstance(result, _Unknown) for result in read) and name in self.handlers:
+            return _stand_in(node)
         if all(isinstance(result, Tensor) for result in read) and _foldable(node.target):
             return self._folded(node)
         return self._handled(node, name)
@@ -342,8 +355,7 @@ class _Importer:
             types = _result_types(node)
             handler = self.handlers.get(name)
             if handler is None:
-                near = near_names(name, self.handlers)
-                raise refuse("this operator is not supported", instead=" ".join(filter(None, (hint_for(name), near))))
+                raise refuse("this operator is not supported", instead=hint_for(name))
             arguments = [self._operand(argument) for argument in node.args]
             keywords = {key: self._operand(value) for key, value in node.kwargs.items() if key not in _IGNORED}
             result = handler(Call(self.builder, name, types, self.frozen), *arguments, **keywords)
@@ -389,8 +401,7 @@ class _Importer:
                 self._output(next(names), nodes[spec.arg.name], outputs)
             elif spec.kind is OutputKind.BUFFER_MUTATION:
                 self._update(_name(str(spec.target)), nodes[spec.arg.name], updates)
-            elif spec.kind is OutputKind.USER_INPUT_MUTATION:
-                self._report(f"the model changes its input {spec.target!r} in place", instead="Work on a copy of it.")
+            # A model that works in place on its input changes the caller's tensor: nobody sees that on a device.
         return outputs, updates
 
     def _output(self, name: str, node: fx.Node, outputs: dict[str, Value]) -> None:
