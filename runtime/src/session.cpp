@@ -1,6 +1,7 @@
 // Creation of a session: kernels are chosen, then memory is allocated, then nothing more.
 #include "session.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -29,6 +30,7 @@ Status Session::create(const Program& program, const SessionSettings& settings) 
   POCKC_TRY(allocate());
   for (BoundEntry& entry : entries_) set_pointers(&entry);
   set_initial_states();
+  mapped_bytes_ = count_mapped_bytes();
   return PK_OK;
 }
 
@@ -129,12 +131,24 @@ void Session::set_initial_states() {
   }
 }
 
-pk_memory Session::memory() const {
-  uint64_t mapped = 0;
+// Bytes of DATA that tensors of the program cover: frozen weights and constants, each byte once.
+uint64_t Session::count_mapped_bytes() const {
+  std::vector<std::pair<uint64_t, uint64_t>> ranges;
   for (const TensorRecord& tensor : program_->tensors) {
-    if (tensor.storage == Storage::kData && tensor.end() > mapped) mapped = tensor.end();
+    if (tensor.storage == Storage::kData) ranges.emplace_back(tensor.offset, tensor.end());
   }
-  return pk_memory{program_->arena_bytes, program_->state_bytes, mapped, used_peak_};
+  std::sort(ranges.begin(), ranges.end());
+  uint64_t total = 0, covered = 0;
+  for (const auto& range : ranges) {
+    if (range.second <= covered) continue;
+    total += range.second - (range.first > covered ? range.first : covered);
+    covered = range.second;
+  }
+  return total;
+}
+
+pk_memory Session::memory() const {
+  return pk_memory{program_->arena_bytes, program_->state_bytes, mapped_bytes_, used_peak_};
 }
 
 }  // namespace pockc

@@ -68,6 +68,7 @@ class Session {
   void touch(uint64_t end) { used_peak_ = end > used_peak_ ? end : used_peak_; }
   const char* text(uint32_t index) const { return program_->strings[index].c_str(); }
   void set_initial_states();
+  uint64_t count_mapped_bytes() const;
 
   const Program* program_ = nullptr;
   ThreadPool* pool_ = nullptr;
@@ -75,6 +76,7 @@ class Session {
   std::vector<BoundEntry> entries_;
   uint32_t micro_step_ = 0;  // micro-steps done towards the next optimizer step
   uint64_t used_peak_ = 0;
+  uint64_t mapped_bytes_ = 0;
   const FileSystem* file_system_ = &posix_file_system();
   std::string cursor_;
 };

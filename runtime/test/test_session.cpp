@@ -59,6 +59,7 @@ TEST("the used peak is what the calls touched") {
   pk_memory memory;
   REQUIRE(pk_session_memory(fixture.session, &memory) == PK_OK);
   CHECK(memory.used_peak_bytes == 0);
+  CHECK(memory.mapped_bytes == 16 + 8 + 8 + 16);  // the frozen weight and the constants
   const float x[8] = {};
   float loss;
   fixture.train(x, &loss);

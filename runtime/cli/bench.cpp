@@ -1,0 +1,72 @@
+// bench: training steps on made-up samples, timed one by one.
+#include <cstdio>
+#include <cstring>
+
+#include "commands.h"
+#include "error.h"
+
+namespace pockc::cli {
+namespace {
+
+constexpr int64_t kWarmUpSteps = 3;
+
+// Uniform values in [-1, 1) for floats; zeros, which are valid ids and labels, for everything else.
+void fill_inputs(std::vector<Output>* inputs) {
+  uint64_t state = 1;
+  for (Output& input : *inputs) {
+    if (input.tensor.dtype != PK_F32) continue;
+    float* values = static_cast<float*>(input.tensor.data);
+    const size_t capacity = input.buffer.size() * 2;
+    for (size_t i = 0; i < capacity; ++i) {
+      values[i] = static_cast<float>(splitmix64(&state) >> 40) * 0x1p-23f - 1.0f;
+    }
+  }
+}
+
+Status time_steps(Model* model, int64_t steps, StepTimer* timer) {
+  const EntryRecord* entry = model->entry("train_step");
+  if (entry == nullptr) return PK_NOT_FOUND;
+  std::vector<Output> inputs;
+  for (const Argument& argument : entry->inputs) inputs.emplace_back(model->program, argument);
+  fill_inputs(&inputs);
+  std::vector<const char*> names;
+  std::vector<pk_tensor> tensors;
+  for (const Output& input : inputs) {
+    names.push_back(input.name);
+    tensors.push_back(input.tensor);
+  }
+  for (int64_t i = 0; i < kWarmUpSteps + steps; ++i) {
+    if (i == kWarmUpSteps) timer->clear();
+    timer->start();
+    POCKC_TRY(model->session.run("train_step", names.data(), tensors.data(),
+                                 static_cast<int32_t>(tensors.size()), nullptr, nullptr, 0));
+    timer->stop();
+  }
+  return PK_OK;
+}
+
+}  // namespace
+
+int bench(const Options& options) {
+  Model model;
+  StepTimer timer;
+  if (model.open(options) != PK_OK || time_steps(&model, options.steps, &timer) != PK_OK)
+    return report_failure();
+  const pk_memory memory = model.session.memory();
+  std::printf("wall  %.3f ms/step median, %.3f 95th percentile\n", timer.wall(0.5), timer.wall(0.95));
+  std::printf("CPU   %.3f ms/step median, %.3f 95th percentile\n", timer.cpu(0.5), timer.cpu(0.95));
+  std::printf("arena %s, used %s, mapped weights %s\n", format_bytes(memory.arena_bytes).c_str(),
+              format_bytes(memory.used_peak_bytes).c_str(), format_bytes(memory.mapped_bytes).c_str());
+  std::printf("RSS   %s before load, %s after, %s at the peak\n", format_bytes(model.resident_before).c_str(),
+              format_bytes(model.resident_after).c_str(), format_bytes(peak_resident_bytes()).c_str());
+  if (options.json.empty()) return 0;
+  JsonObject report;
+  report.add("steps", static_cast<int64_t>(timer.steps())).add("ms_per_step", timer.mean_wall());
+  report.add("ms_per_step_median", timer.wall(0.5)).add("ms_per_step_p95", timer.wall(0.95));
+  report.add("cpu_ms_per_step", timer.mean_cpu()).add("cpu_ms_per_step_median", timer.cpu(0.5));
+  report.add("cpu_ms_per_step_p95", timer.cpu(0.95));
+  model.describe(&report);
+  return write_report(options.json, report.text() + "\n") == PK_OK ? 0 : report_failure();
+}
+
+}  // namespace pockc::cli

@@ -1,0 +1,64 @@
+// Samples from an .npz file as batches of an entry's inputs.
+#ifndef POCKC_CLI_DATASET_H_
+#define POCKC_CLI_DATASET_H_
+
+#include <string>
+#include <vector>
+
+#include "npz.h"
+#include "program.h"
+
+namespace pockc::cli {
+
+class Dataset {
+ public:
+  // Finds one array per input of the entry, by name. The first axis of an array counts samples, the other
+  // axes are the input's but for its batch. Inputs whose first axis is not the batch are given whole, the
+  // same for every batch. Converted while batches are made: float64 and uint8 to float32; int32 and uint8 to
+  // int64.
+  Status open(const std::string& path, const Program& program, const EntryRecord& entry);
+
+  int64_t samples() const { return samples_; }
+  int64_t batch_size() const { return batch_; }
+
+  // Makes the batch of these samples. NaN and infinite values are an error that names the sample.
+  Status gather(const int64_t* indices);
+
+  // The batch, as pk_session_run takes it.
+  const char* const* names() const { return names_.data(); }
+  const pk_tensor* tensors() const { return tensors_.data(); }
+  int32_t count() const { return static_cast<int32_t>(tensors_.size()); }
+  // The input's values in the batch, or null when there is none of this name and dtype.
+  const int64_t* integers(const char* name) const;
+
+ private:
+  struct Column {
+    const NumpyArray* array;
+    bool per_sample;
+    int64_t elements;              // of one sample, or of the whole array
+    std::vector<uint64_t> buffer;  // the batch; 8-byte elements for their alignment
+  };
+
+  Status add_column(const Program& program, const EntryRecord& entry, const Argument& input);
+  Status check_shape(const NumpyArray& array, const Tensor& type, bool per_sample,
+                     const EntryRecord& entry) const;
+  Status check_finite(const Column& column, const float* values, int64_t sample) const;
+  std::string wanted(const Program& program, const EntryRecord& entry) const;
+
+  Npz file_;
+  std::vector<Column> columns_;
+  std::vector<const char*> names_;
+  std::vector<pk_tensor> tensors_;
+  int64_t samples_ = 0;
+  int64_t batch_ = 0;
+};
+
+// The order of samples in an epoch: a permutation that depends on the seed and the epoch alone.
+void shuffle(uint64_t seed, uint64_t epoch, std::vector<int64_t>* order);
+
+// Sebastiano Vigna's splitmix64: the next of a sequence of 64-bit values.
+uint64_t splitmix64(uint64_t* state);
+
+}  // namespace pockc::cli
+
+#endif  // POCKC_CLI_DATASET_H_
