@@ -3,7 +3,6 @@
 // With an index list, runs of consecutive indices are runs of memory in p, g and the slots alike, so both
 // cases are the same update of a run [to, to + n) of p from [from, from + n) of g. Outputs may be the
 // operands themselves.
-#include "error.h"
 #include "simd/attributes.h"
 #include "simd/math.h"
 

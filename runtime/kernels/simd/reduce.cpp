@@ -4,15 +4,13 @@
 // rows are added in order within blocks of kBlockRows, block sums in order. With inner == 1 a row is summed
 // by sixteen lanes in blocks of kBlockElements, block sums in order. Both depend on the shape alone.
 #include "simd/attributes.h"
+#include "simd/columns.h"
 
 namespace pockc {
 namespace POCKC_SIMD_NAMESPACE {
 namespace {
 
-constexpr int64_t kBlockRows = 128;
 constexpr int64_t kBlockElements = 4096;
-constexpr int kGroup = 4;  // vectors of columns summed together
-constexpr int64_t kGroupColumns = 64;
 
 struct Reduction {
   bool valid = false;
@@ -57,37 +55,6 @@ POCKC_INLINE float sum_row(const float* x, int64_t n, F term) {
   return total;
 }
 
-// Columns [c0, c1) of one [length, inner] matrix, c1 - c0 <= kGroup * W or so.
-void sum_columns(const float* x, int64_t length, int64_t inner, int64_t c0, int64_t c1, float scale_by,
-                 float* out) {
-  for (int64_t begin = 0; begin < length; begin += kBlockRows) {
-    const int64_t end = minimum(length, begin + kBlockRows);
-    const bool last = end == length;
-    for (int64_t c = c0; c < c1; c += kGroup * W) {
-      const int64_t columns = minimum<int64_t>(c1 - c, kGroup * W);
-      vf sum[kGroup] = {};
-      if (columns == kGroup * W) {
-        for (int64_t row = begin; row < end; ++row) {
-          POCKC_UNROLL
-          for (int j = 0; j < kGroup; ++j) sum[j] += load(x + row * inner + c + j * W);
-        }
-      } else {
-        for (int64_t row = begin; row < end; ++row) {
-          for (int j = 0; j * W < columns; ++j) {
-            sum[j] += load_n(x + row * inner + c + j * W, minimum<int64_t>(W, columns - j * W));
-          }
-        }
-      }
-      for (int j = 0; j * W < columns; ++j) {
-        const int64_t valid = minimum<int64_t>(W, columns - j * W);
-        vf total = begin == 0 ? sum[j] : load_n(out + c + j * W, valid) + sum[j];
-        if (last && scale_by != 1.0f) total = total / splat(scale_by);
-        store_n(out + c + j * W, total, valid);
-      }
-    }
-  }
-}
-
 Status reduce(const Call& call, bool mean) {
   const Reduction r = describe(call);
   const float* x = call.inputs[0].as<float>();
@@ -102,15 +69,25 @@ Status reduce(const Call& call, bool mean) {
         });
     return PK_OK;
   }
-  const int64_t groups = divide_up(r.inner, kGroupColumns);
-  const int64_t grain = maximum<int64_t>(1, kElementGrain / (r.length * minimum(r.inner, kGroupColumns)));
+  const int64_t groups = divide_up(r.inner, kColumnGroup);
+  const int64_t grain = maximum<int64_t>(1, kElementGrain / (r.length * minimum(r.inner, kColumnGroup)));
   parallel(call, r.outer * groups, grain, [&](int64_t begin, int64_t end, int) {
     // A range of groups of one matrix is walked together: memory is then read in longer runs.
     for (int64_t unit = begin; unit < end;) {
       const int64_t o = unit / groups;
       const int64_t stop = minimum(end, (o + 1) * groups);
-      sum_columns(x + o * r.length * r.inner, r.length, r.inner, (unit - o * groups) * kGroupColumns,
-                  minimum(r.inner, (stop - o * groups) * kGroupColumns), divisor, out + o * r.inner);
+      const int64_t c0 = (unit - o * groups) * kColumnGroup;
+      const int64_t c1 = minimum(r.inner, (stop - o * groups) * kColumnGroup);
+      const float* matrix = x + o * r.length * r.inner;
+      float* sums = out + o * r.inner;
+      sum_columns(r.length, c0, c1, sums, [&](int64_t row, int64_t c, int64_t valid, vf sum) {
+        return sum + load_n(matrix + row * r.inner + c, valid);
+      });
+      if (mean) {
+        for_vectors(c0, c1, [&](int64_t c, int64_t valid) {
+          store_n(sums + c, load_n(sums + c, valid) / splat(divisor), valid);
+        });
+      }
       unit = stop;
     }
   });

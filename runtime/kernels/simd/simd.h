@@ -141,6 +141,13 @@ POCKC_INLINE void store_n(float* p, vf x, int64_t n) {
   }
 }
 
+// x with the lanes from `valid` on replaced.
+POCKC_INLINE vf keep_first(vf x, int64_t valid, vf rest) {
+  vi lane;
+  for (int i = 0; i < W; ++i) lane[i] = i;
+  return select(lane < splat_int(static_cast<int32_t>(valid)), x, rest);
+}
+
 // Sixteen partial sums, whatever the vector width.
 constexpr int kLanes = 16;
 struct Lanes {

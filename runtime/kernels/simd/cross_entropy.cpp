@@ -1,0 +1,106 @@
+// cross_entropy and its gradient (the maths: see the reference kernel). Row losses go to the workspace, [N]
+// floats, and are added by sixteen lanes, so the result does not depend on how rows are split.
+#include "simd/attributes.h"
+#include "simd/softmax_row.h"
+
+namespace pockc {
+namespace POCKC_SIMD_NAMESPACE {
+namespace {
+
+struct Loss {
+  int64_t ignore_index;
+  double smoothing;
+};
+
+Loss read(const Call& call) { return {call.ints[0], call.floats[0]}; }
+
+// The rows that count; fails where a label is no class.
+Status count_rows(const Tensor& labels, int64_t classes, int64_t ignore_index, int64_t* counted) {
+  *counted = 0;
+  for (int64_t i = 0; i < labels.dims[0]; ++i) {
+    const int64_t label = labels.as<int64_t>()[i];
+    if (label == ignore_index) continue;
+    if (label < 0 || label >= classes) {
+      return fail(PK_INVALID_ARGUMENT, "label %lld at position %lld is not one of %lld classes",
+                  static_cast<long long>(label), static_cast<long long>(i), static_cast<long long>(classes));
+    }
+    ++*counted;
+  }
+  return PK_OK;
+}
+
+float row_sum(const float* x, int64_t n) {
+  Lanes sum = Lanes::all(0);
+  for_lanes(n, [&](int j, int64_t i, int64_t valid) { sum.v[j] += load_n(x + i, valid); });
+  return sum.sum();
+}
+
+int64_t row_grain(int64_t classes) { return maximum<int64_t>(1, kElementGrain / 4 / classes); }
+
+}  // namespace
+
+bool accepts_cross_entropy(const Call& call) {
+  return elements(call.inputs[0]) > 0 && has_workspace(call, 0, round_up(call.inputs[0].dims[0], 16));
+}
+
+Status run_cross_entropy(const Call& call) {
+  const Loss loss = read(call);
+  const int64_t rows = call.inputs[0].dims[0], classes = call.inputs[0].dims[1];
+  int64_t counted = 0;
+  const Status status = count_rows(call.inputs[1], classes, loss.ignore_index, &counted);
+  if (status != PK_OK) return status;
+  const float* logits = call.inputs[0].as<float>();
+  const int64_t* labels = call.inputs[1].as<int64_t>();
+  float* losses = workspace(call);
+  const float keep = static_cast<float>(1.0 - loss.smoothing), spread = static_cast<float>(loss.smoothing);
+  parallel(call, rows, row_grain(classes), [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; ++i) {
+      losses[i] = 0;
+      if (labels[i] == loss.ignore_index) continue;
+      const float* row = logits + i * classes;
+      const float log_sum = row_log_sum(row, classes);
+      losses[i] = keep * (log_sum - row[labels[i]]);
+      if (spread == 0.0f) continue;
+      losses[i] += spread * (log_sum - row_sum(row, classes) / static_cast<float>(classes));
+    }
+  });
+  *call.outputs[0].as<float>() =
+      counted == 0 ? __builtin_nanf("") : row_sum(losses, rows) / static_cast<float>(counted);
+  return PK_OK;
+}
+
+bool accepts_cross_entropy_grad(const Call& call) { return elements(call.inputs[1]) > 0; }
+
+Status run_cross_entropy_grad(const Call& call) {
+  const Loss loss = read(call);
+  const int64_t rows = call.inputs[1].dims[0], classes = call.inputs[1].dims[1];
+  int64_t counted = 0;
+  const Status status = count_rows(call.inputs[2], classes, loss.ignore_index, &counted);
+  if (status != PK_OK) return status;
+  const float* logits = call.inputs[1].as<float>();
+  const int64_t* labels = call.inputs[2].as<int64_t>();
+  float* out = call.outputs[0].as<float>();
+  const float factor = *call.inputs[0].as<float>() / static_cast<float>(counted);
+  const float spread = static_cast<float>(loss.smoothing / static_cast<double>(classes));
+  const float keep = static_cast<float>(1.0 - loss.smoothing);
+  parallel(call, rows, row_grain(classes), [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; ++i) {
+      const float* row = logits + i * classes;
+      float* to = out + i * classes;
+      if (labels[i] == loss.ignore_index) {
+        for (int64_t c = 0; c < classes; ++c) to[c] = 0;
+        continue;
+      }
+      const vf scale = splat(1.0f / row_exponentials(row, classes, row_max(row, classes), to));
+      for_vectors(0, classes, [&](int64_t c, int64_t valid) {
+        const vf difference = fma(load_n(to + c, valid), scale, splat(-spread));
+        store_n(to + c, difference * splat(factor), valid);
+      });
+      to[labels[i]] = fma(-factor, keep, to[labels[i]]);
+    }
+  });
+  return PK_OK;
+}
+
+}  // namespace POCKC_SIMD_NAMESPACE
+}  // namespace pockc
