@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from pockc.ir import Array, Builder, Graph, Origin, StateKind, Value
@@ -161,7 +163,7 @@ class _Stage:
     def _slot(self, name: str, shape: tuple[int, ...], permutation: tuple[int, ...]) -> Value:
         return self.builder.state(name, "slot", np.zeros(shape, np.float32), permutation)
 
-    def _operation(self, rate: Value, step: Value) -> tuple[str, tuple[Value, ...], dict[str, object]]:
+    def _operation(self, rate: Value, step: Value) -> tuple[str, tuple[Value, ...], dict[str, Any]]:
         """The op of the recipe's optimizer, the scalars it reads, and its own attributes."""
         optimizer = self.recipe.optimizer
         if isinstance(optimizer, SGD) and not optimizer.momentum:

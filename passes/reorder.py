@@ -91,7 +91,7 @@ class _ListScheduler:
     def _complete(self, index: int, ready: list[int]) -> list[int]:
         """Mark a node as run; returns the ready nodes whose cost that may have changed."""
         self.done[index] = True
-        touched = []
+        touched: list[int] = []
         for value in dict.fromkeys(self.nodes[index].inputs):
             self.unread[value].discard(index)
             if len(self.unread[value]) == 1:

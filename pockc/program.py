@@ -62,10 +62,15 @@ class Program:
 
 
 def place_states(entries: Mapping[str, Graph]) -> tuple[dict[str, int], int]:
-    """Offsets of the states that some entry updates, and the bytes they take. Slots follow their parameter."""
+    """Offsets of the states that change, and the bytes they take. Slots follow their parameter.
+
+    These are the states that some entry updates, and the counters: a session sets learning rate and seed, and its
+    checkpoints keep them.
+    """
     mutable: dict[str, Value] = {}
     for graph in entries.values():
-        for state in graph.updates:
+        counters = [value for value, state in graph.states.items() if state.kind == "counter"]
+        for state in (*graph.updates, *counters):
             mutable.setdefault(state.name, state)
     offsets: dict[str, int] = {}
     top = 0
@@ -76,13 +81,18 @@ def place_states(entries: Mapping[str, Graph]) -> tuple[dict[str, int], int]:
 
 
 def states(entries: Mapping[str, Graph]) -> dict[str, tuple[Value, State]]:
-    """All states but constants, by name. Entries must agree on type and layout."""
+    """All states but constants, by name. Entries that use a state must agree on its type and layout."""
     found: dict[str, tuple[Value, State]] = {}
+    unused: dict[str, tuple[Value, State]] = {}
     for graph in entries.values():
+        used = {*graph.updates, *graph.results(), *(value for node in graph.nodes for value in node.inputs)}
         for value, state in graph.states.items():
             if state.kind == "constant":
+                continue
+            if value not in used:
+                unused.setdefault(value.name, (value, state))
                 continue
             known_value, known = found.setdefault(value.name, (value, state))
             if known_value.type != value.type or known.permutation != state.permutation:
                 raise InternalError(f"entries disagree on state {value.name}: {known_value.type} and {value.type}")
-    return found
+    return {**unused, **found}
