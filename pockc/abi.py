@@ -125,11 +125,16 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
+def text(raw: bytes | None) -> str:
+    """A string of the runtime, which may quote bytes of a damaged file."""
+    return (raw or b"").decode(errors="backslashreplace")
+
+
 def check(status: int) -> None:
     """Turn a status into an error that has the runtime's sentence."""
     if status == 0:
         return
-    message = library().pk_last_error().decode() or library().pk_status_string(status).decode()
+    message = text(library().pk_last_error()) or text(library().pk_status_string(status))
     if status == INTERNAL:
         raise InternalError(f"the runtime failed: {message}")
     raise UserError(message)

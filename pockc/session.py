@@ -44,6 +44,7 @@ class Session:
     """
 
     def __init__(self, path: str | Path, threads: int = 1, *, reference_kernels: bool = False) -> None:
+        self.path = Path(path)
         self._library = abi.library()
         self._program, self._session = ctypes.c_void_p(), ctypes.c_void_p()
         abi.check(self._library.pk_program_load(str(path).encode(), ctypes.byref(self._program)))
@@ -88,7 +89,7 @@ class Session:
             raise UserError(f"{entry} has no input {unknown[0]!r}", supported=", ".join(wanted), instead=hint)
         if missing := [name for name in wanted if name not in inputs]:
             raise UserError(f"{entry} needs the input {missing[0]!r}", supported=", ".join(wanted))
-        arrays = {name: _converted(name, value, wanted[name]) for name, value in inputs.items()}
+        arrays = {name: _converted(name, value, wanted[name], is_input=True) for name, value in inputs.items()}
         outputs = {name: np.empty(tensor.shape, tensor.numpy_dtype) for name, tensor in results.items()}
         status = self._library.pk_session_run(
             self._handle(),
@@ -114,7 +115,7 @@ class Session:
 
     def set_state(self, name: str, value: Any) -> None:
         """Write a state that the program updates. Raises UserError for a frozen one or another shape or dtype."""
-        array = _converted(name, value, self._state_type(name))
+        array = _converted(name, value, self._state_type(name), is_input=False)
         abi.check(self._library.pk_session_write_state(self._handle(), name.encode(), abi.Tensor.of(array)))
 
     def parameters(self) -> dict[str, Array]:
@@ -196,7 +197,7 @@ class Session:
             if status == abi.NOT_FOUND:
                 return found
             abi.check(status)
-            found[(name.value or b"").decode()] = tensor
+            found[abi.text(name.value)] = tensor
 
     def _signature(self, entry: str) -> tuple[dict[str, abi.Tensor], dict[str, abi.Tensor]]:
         self._handle()
@@ -216,7 +217,7 @@ class Session:
         raise UserError(f"the program has no state {name!r}{folded}", instead=near_names(name, self._states))
 
 
-def _converted(name: str, value: Any, wanted: abi.Tensor) -> Array:
+def _converted(name: str, value: Any, wanted: abi.Tensor, *, is_input: bool) -> Array:
     """A contiguous array of the wanted dtype and shape. Raises UserError where that would lose more than rounding."""
     array = np.asarray(value)
     target = wanted.numpy_dtype
@@ -224,7 +225,7 @@ def _converted(name: str, value: Any, wanted: abi.Tensor) -> Array:
     if not widens and (array.dtype, target) != (np.dtype(np.float64), np.dtype(np.float32)):
         raise UserError(f"{name} has dtype {array.dtype}, the program wants {target}", instead="Convert it first.")
     if array.shape != wanted.shape:
-        same_item = array.shape[1:] == wanted.shape[1:] and array.ndim == len(wanted.shape) > 0
+        same_item = is_input and array.shape[1:] == wanted.shape[1:] and array.ndim == len(wanted.shape) > 0
         hint = f"Build with --batch-size {array.shape[0]}, or pad the batch." if same_item else ""
         shapes = f"{name} has shape {list(array.shape)}, the program wants {list(wanted.shape)}"
         raise UserError(shapes, instead=hint)
