@@ -20,7 +20,7 @@ from pockc.program import Program, place_states
 from pockc.recipe import BatchNorm, Recipe
 from pockc.scheme import Scheme, detect_family, resolve
 from pockc.targets import devices
-from pockc.targets.native import workspace_of
+from pockc.targets.native import NATIVE, workspace_of
 
 
 def build(
@@ -96,7 +96,7 @@ def build(
         updated_buffers=frozenset(state.name for state in imported.graph.updates),
         disabled=disabled,
     )
-    manager = Manager(recipe)
+    manager = Manager(recipe, NATIVE.supports)
     entries, without_gradient = _entries(manager, imported.graph, evaluated.graph if evaluated else None, seed)
     placements = {name: memory.run(graph, workspace_of(target.threads)) for name, graph in entries.items()}
     state_offset, state_bytes = place_states(entries)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pockc.errors import InternalError, UserError
-from pockc.ir import Graph
+from pockc.ir import Graph, Node
 from pockc.passes import (
     attach_loss,
     attach_optimizer,
@@ -86,6 +86,7 @@ class Manager:
     """
 
     recipe: Recipe
+    supports: Callable[[Node], bool]  # the target's: nothing unsupported survives the level `lowered`
     timings: list[tuple[str, str, float, int]] = field(default_factory=list)  # entry, pass, ms, nodes after
     optional_run: int = 0
 
@@ -122,7 +123,7 @@ class Manager:
         level = os.environ.get("POCKC_VERIFY", "1")
         if level == "0":
             return
-        verify(graph, step.level)
+        verify(graph, step.level, self.supports)
         if level == "2":
             from pockc.text import parse, show  # only this debugging level needs the parser
 
