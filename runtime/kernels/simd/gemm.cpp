@@ -138,7 +138,7 @@ void multiply_panel(const Gemm& gemm, const LeftPanel& left, const Block& block,
   tile.a_stride = left.stride;
   tile.depth = depth;
   tile.c = c;
-  tile.first = k0 == 0;
+  tile.first = k0 == 0 && !gemm.accumulate;
   tile.last = k0 + depth == gemm.k;
   tile.epilogue = &gemm.epilogue;
   for (int64_t n = 0, index = 0; n < columns; n += kTileColumns, ++index) {

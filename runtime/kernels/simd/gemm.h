@@ -70,6 +70,7 @@ struct Gemm {
   RightMatrix b;
   OutputMatrix c;
   Epilogue epilogue;
+  bool accumulate = false;  // add to C
 };
 
 // Scratch floats that one thread needs (a multiple of 16). The same for every instruction set.

@@ -1,0 +1,103 @@
+// What attention and its gradient share: shapes, the block of score rows, masks.
+//
+// A block of `block_rows` queries of one head is taken at a time; its scores against all keys it may see are
+// one matrix product into the workspace, exact softmax follows, then the second product. So the scratch
+// memory is one block of rows, 64 at most and about kBlockFloats floats where sequences are long, and never
+// all queries times all keys. Block sizes follow from the shape alone.
+#ifndef POCKC_SIMD_ATTENTION_H_
+#define POCKC_SIMD_ATTENTION_H_
+
+#include "simd/attributes.h"
+#include "simd/gemm.h"
+#include "simd/softmax_row.h"
+
+namespace pockc {
+namespace POCKC_SIMD_NAMESPACE {
+
+constexpr int64_t kBlockFloats = 32768;
+constexpr int64_t kMostBlockRows = 64;
+constexpr int64_t kLeastBlockRows = 8;
+
+struct Attention {
+  int64_t batch, heads, key_heads, queries, keys, depth, value_depth;
+  const float *q, *k, *v;
+  const Tensor* mask = nullptr;
+  int64_t mask_strides[4] = {};
+  float scale;
+  bool causal;
+
+  Attention(const Call& call, int first, int mask_index) {
+    const Tensor &tq = call.inputs[first], &tk = call.inputs[first + 1], &tv = call.inputs[first + 2];
+    batch = tq.dims[0], heads = tq.dims[1], queries = tq.dims[2], depth = tq.dims[3];
+    key_heads = tk.dims[1], keys = tk.dims[2], value_depth = tv.dims[3];
+    q = tq.as<float>(), k = tk.as<float>(), v = tv.as<float>();
+    Attributes attributes(call);
+    scale = attributes.real();
+    causal = attributes.boolean();
+    if (call.input_count <= mask_index) return;
+    mask = &call.inputs[mask_index];
+    int64_t pitch = 1;
+    for (int i = 3; i >= 0; --i) {
+      mask_strides[i] = mask->dims[i] == 1 ? 0 : pitch;
+      pitch *= mask->dims[i];
+    }
+  }
+
+  int64_t block_rows() const {
+    const int64_t rows = maximum(kLeastBlockRows, minimum(kMostBlockRows, kBlockFloats / keys));
+    return minimum(rows, queries);
+  }
+  int64_t score_pitch() const { return round_up(keys, 16); }
+  // Keys that queries before `end` may see.
+  int64_t visible(int64_t end) const { return causal ? minimum(keys, end) : keys; }
+  int64_t key_head(int64_t head) const { return head / (heads / key_heads); }
+
+  // scores[i, j] = scale q_i . k_j, masked, for queries [begin, end) of head (b, h) and keys [0,
+  // visible(end)).
+  void scores(int64_t b, int64_t h, int64_t begin, int64_t end, float* to, float* scratch) const;
+};
+
+inline void plain(Gemm* g, const float* a, int64_t a_stride, bool a_transposed, const float* b,
+                  int64_t b_stride, bool b_transposed, float* c, int64_t c_stride) {
+  g->a.data = a, g->a.stride = a_stride, g->a.transposed = a_transposed;
+  g->b.data = b, g->b.stride = b_stride, g->b.transposed = b_transposed;
+  g->c.data = c, g->c.stride = c_stride;
+}
+
+inline void mask_row(const Attention& a, int64_t b, int64_t h, int64_t i, int64_t seen, float* row) {
+  if (a.causal) {
+    for (int64_t j = i + 1; j < seen; ++j) row[j] = -kInfinity;
+  }
+  if (a.mask == nullptr) return;
+  const int64_t at = b * a.mask_strides[0] + h * a.mask_strides[1] + i * a.mask_strides[2];
+  const int64_t step = a.mask_strides[3];
+  if (a.mask->dtype == DType::kBool) {
+    const uint8_t* keep = a.mask->as<uint8_t>() + at;
+    for (int64_t j = 0; j < seen; ++j) row[j] = keep[j * step] != 0 ? row[j] : -kInfinity;
+    return;
+  }
+  const float* add = a.mask->as<float>() + at;
+  for (int64_t j = 0; j < seen; ++j) row[j] += add[j * step];
+}
+
+inline void Attention::scores(int64_t b, int64_t h, int64_t begin, int64_t end, float* to,
+                              float* scratch) const {
+  const int64_t seen = visible(end);
+  Gemm g;
+  g.m = end - begin, g.n = seen, g.k = depth;
+  plain(&g, q + ((b * heads + h) * queries + begin) * depth, depth, false,
+        k + (b * key_heads + key_head(h)) * keys * depth, depth, true, to, score_pitch());
+  gemm_part(g, 0, g.m, 0, g.n, scratch);
+  for (int64_t i = begin; i < end; ++i) {
+    float* row = to + (i - begin) * score_pitch();
+    for_vectors(0, seen, [&](int64_t j, int64_t valid) {
+      store_n(row + j, load_n(row + j, valid) * splat(scale), valid);
+    });
+    mask_row(*this, b, h, i, seen, row);
+  }
+}
+
+}  // namespace POCKC_SIMD_NAMESPACE
+}  // namespace pockc
+
+#endif  // POCKC_SIMD_ATTENTION_H_

@@ -1,0 +1,132 @@
+// transpose of 4-byte elements. Axes that stay neighbours are merged first. Two forms remain for nearly all
+// uses:
+//   [outer, rows, columns] -> [outer, columns, rows] (a matrix, NCHW <-> NHWC): W x W blocks in registers;
+//   the last axis stays (heads of attention): runs are copied.
+// Others go to the reference kernel.
+#include "simd/attributes.h"
+#include "simd/patches.h"
+#include "simd/transpose_square.h"
+
+namespace pockc {
+namespace POCKC_SIMD_NAMESPACE {
+namespace {
+
+struct Permutation {
+  int rank = 0;
+  int64_t dims[kMaxRank];     // of the input, merged
+  int64_t strides[kMaxRank];  // of the input
+  int order[kMaxRank];        // output axis i is input axis order[i]
+};
+
+Permutation merge(const Call& call) {
+  const Tensor& x = call.inputs[0];
+  // Output order without axes of one element; then runs of consecutive input axes become one axis.
+  int order[kMaxRank], count = 0;
+  for (int i = 0; i < x.rank; ++i) {
+    const int axis = static_cast<int>(call.ints[1 + i]);
+    if (x.dims[axis] != 1) order[count++] = axis;
+  }
+  const auto follows = [&](int a, int b) {  // b is the next input axis after a that has more than one element
+    if (b <= a) return false;
+    for (int i = a + 1; i < b; ++i) {
+      if (x.dims[i] != 1) return false;
+    }
+    return true;
+  };
+  int first_axis[kMaxRank];
+  int64_t size[kMaxRank];
+  Permutation p;
+  for (int i = 0; i < count; ++i) {
+    if (i > 0 && follows(order[i - 1], order[i])) {
+      size[p.rank - 1] *= x.dims[order[i]];
+    } else {
+      first_axis[p.rank] = order[i];
+      size[p.rank++] = x.dims[order[i]];
+    }
+  }
+  for (int i = 0; i < p.rank; ++i) {
+    p.order[i] = 0;
+    for (int j = 0; j < p.rank; ++j) p.order[i] += first_axis[j] < first_axis[i];
+    p.dims[p.order[i]] = size[i];
+  }
+  int64_t pitch = 1;
+  for (int i = p.rank - 1; i >= 0; --i) {
+    p.strides[i] = pitch;
+    pitch *= p.dims[i];
+  }
+  return p;
+}
+
+bool is_matrix(const Permutation& p) {
+  if (p.rank == 2) return p.order[0] == 1;
+  return p.rank == 3 && p.order[0] == 0 && p.order[1] == 2;
+}
+bool keeps_last(const Permutation& p) { return p.rank == 0 || p.order[p.rank - 1] == p.rank - 1; }
+
+void transpose_block(const float* from, int64_t rows, int64_t columns, int64_t from_pitch, float* to,
+                     int64_t to_pitch) {
+  vf x[W];
+  POCKC_UNROLL
+  for (int i = 0; i < W; ++i) x[i] = i < rows ? load_n(from + i * from_pitch, columns) : vf{};
+  transpose_square<1>(x);
+  if (rows == W && columns == W) {
+    POCKC_UNROLL
+    for (int i = 0; i < W; ++i) store(to + i * to_pitch, x[i]);
+    return;
+  }
+  for (int i = 0; i < columns; ++i) store_n(to + i * to_pitch, x[i], rows);
+}
+
+void transpose_matrix(const float* from, int64_t rows, int64_t columns, int64_t c0, int64_t c1, float* to) {
+  for (int64_t c = c0; c < c1; c += W) {
+    for (int64_t r = 0; r < rows; r += W) {
+      transpose_block(from + r * columns + c, minimum<int64_t>(W, rows - r), minimum<int64_t>(W, c1 - c),
+                      columns, to + c * rows + r, rows);
+    }
+  }
+}
+
+}  // namespace
+
+bool accepts_transpose(const Call& call) {
+  const DType type = call.inputs[0].dtype;
+  if ((type != DType::kF32 && type != DType::kI32) || elements(call.inputs[0]) == 0) return false;
+  const Permutation p = merge(call);
+  return is_matrix(p) || keeps_last(p);
+}
+
+Status run_transpose(const Call& call) {
+  const Permutation p = merge(call);
+  const float* x = call.inputs[0].as<float>();
+  float* out = call.outputs[0].as<float>();
+  if (is_matrix(p)) {
+    const int64_t rows = p.dims[p.rank - 2], columns = p.dims[p.rank - 1],
+                  outer = p.rank == 3 ? p.dims[0] : 1;
+    const int64_t strips = divide_up(columns, 16);
+    const int64_t grain = maximum<int64_t>(1, kElementGrain / (16 * rows));
+    parallel(call, outer * strips, grain, [&](int64_t begin, int64_t end, int) {
+      for (int64_t unit = begin; unit < end; ++unit) {
+        const int64_t offset = unit / strips * rows * columns, c = unit % strips * 16;
+        transpose_matrix(x + offset, rows, columns, c, minimum(columns, c + 16), out + offset);
+      }
+    });
+    return PK_OK;
+  }
+  const int64_t run = p.rank == 0 ? 1 : p.dims[p.rank - 1];
+  const int64_t rows = elements(call.inputs[0]) / run;
+  parallel(call, rows, maximum<int64_t>(1, kElementGrain / run), [&](int64_t begin, int64_t end, int) {
+    for (int64_t row = begin; row < end; ++row) {
+      int64_t offset = 0, rest = row;
+      for (int i = p.rank - 2; i >= 0; --i) {
+        const int64_t size = p.dims[p.order[i]];
+        offset += rest % size * p.strides[p.order[i]];
+        rest /= size;
+      }
+      copy_run(out + row * run, x + offset, run);
+    }
+  });
+  return PK_OK;
+}
+
+}  // namespace POCKC_SIMD_NAMESPACE
+}  // namespace pockc
