@@ -20,8 +20,9 @@ bool fits(const Tensor& table, const Tensor& ids, const Tensor& rows) {
 Status check_embedding(const Call& call) {
   if (!has_operands(call, 2, 2, 1)) return PK_BAD_FILE;
   Attributes attributes(call);
-  attributes.integer();
-  return verdict(attributes.valid() && fits(call.inputs[0], call.inputs[1], call.outputs[0]));
+  const int64_t padding_index = attributes.integer(-1);
+  return verdict(attributes.valid() && fits(call.inputs[0], call.inputs[1], call.outputs[0]) &&
+                 padding_index < call.inputs[0].dims[0]);
 }
 
 Status run_embedding(const Call& call) {
@@ -42,7 +43,7 @@ Status check_embedding_grad(const Call& call) {
   const Tensor& table = call.outputs[0];
   Attributes attributes(call);
   const int64_t rows = attributes.integer(1, kMaxElements);
-  attributes.integer();
+  attributes.integer(-1, rows - 1);
   return verdict(attributes.valid() && fits(table, call.inputs[1], call.inputs[0]) && table.dims[0] == rows);
 }
 

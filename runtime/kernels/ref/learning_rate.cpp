@@ -52,6 +52,8 @@ Status check_learning_rate(const Call& call) {
   if (!has_operands(call, 2, 2, 1)) return PK_BAD_FILE;
   Attributes attributes(call);
   const Schedule schedule = read(attributes);
+  const bool declines = schedule.kind == kLinear || schedule.kind == kCosine;
+  if (declines && schedule.total_steps == 0) return PK_BAD_FILE;
   return verdict(attributes.valid() && (schedule.kind != kStep || schedule.step_size > 0) &&
                  is_scalar(call.inputs[0], DType::kF32) && is_scalar(call.inputs[1], DType::kI64) &&
                  is_scalar(call.outputs[0], DType::kF32));

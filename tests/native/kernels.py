@@ -1,0 +1,194 @@
+"""Runs single kernels of the native runtime on numpy arrays, through the library of runtime/test/kernel_shim.cpp.
+
+The library is built on first use, into build/test-kernels; the environment variable POCKC_KERNEL_SHIM names another
+one, such as a build with sanitizers. Operands live in malloc'ed blocks of exactly their size, so that a sanitizer sees
+every access outside them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from functools import cache
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pockc.artifact_writer import flatten
+from pockc.ir import DTYPES, NUMPY_DTYPES, Array, TensorType, dtype_of
+from pockc.ops import complete_attributes
+
+ROOT = Path(__file__).resolve().parents[2]
+OK, INVALID_ARGUMENT, NOT_FOUND, BAD_FILE, UNSUPPORTED = 0, 1, 2, 4, 6
+WORKSPACE_BYTES = 1 << 24  # enough for every sample
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("dtype", ctypes.c_int),
+        ("rank", ctypes.c_int32),
+        ("dims", ctypes.c_int64 * 8),
+    )
+
+
+class _Call(ctypes.Structure):
+    _fields_ = (
+        ("inputs", ctypes.POINTER(_Tensor)),
+        ("outputs", ctypes.POINTER(_Tensor)),
+        ("ints", ctypes.POINTER(ctypes.c_int64)),
+        ("floats", ctypes.POINTER(ctypes.c_double)),
+        ("input_count", ctypes.c_int32),
+        ("output_count", ctypes.c_int32),
+        ("int_count", ctypes.c_int32),
+        ("float_count", ctypes.c_int32),
+        ("workspace", ctypes.c_void_p),
+        ("workspace_bytes", ctypes.c_uint64),
+        ("threads", ctypes.c_int32),
+        ("check_only", ctypes.c_int32),
+    )
+
+
+class Block:
+    """Memory at a multiple of 64 bytes, as every tensor of an arena; owned, freed with the object."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._address = ctypes.c_void_p()
+        self._free = _libc().free
+        if _libc().posix_memalign(ctypes.byref(self._address), ctypes.c_size_t(64), ctypes.c_size_t(nbytes)) != 0:
+            raise MemoryError(nbytes)
+        self.bytes = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(self.address))
+
+    @property
+    def address(self) -> int:
+        assert self._address.value is not None
+        return self._address.value
+
+    def __del__(self) -> None:
+        self._free(self._address)
+
+    def view(self, type_: TensorType) -> Array:
+        """The block as an array of that type."""
+        return self.bytes.view(NUMPY_DTYPES[type_.dtype]).reshape(type_.shape)
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None)
+    libc.free.argtypes = [ctypes.c_void_p]
+    return libc
+
+
+@cache
+def _shim() -> ctypes.CDLL:
+    path = os.environ.get("POCKC_KERNEL_SHIM") or str(_build())
+    return ctypes.CDLL(path)
+
+
+def _build() -> Path:
+    """Build the library where it is out of date; parallel test processes wait for each other."""
+    folder = ROOT / "build" / "test-kernels"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _command("cmake", "-S", str(ROOT / "runtime"), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release")
+        _command("cmake", "--build", str(folder), "--target", "kernel_shim", "-j", "2")
+    return folder / "test" / "libkernel_shim.so"
+
+
+def _command(*words: str) -> None:
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(words)} failed:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
+
+
+def _tensors(types: Sequence[TensorType], blocks: Sequence[Block] | None) -> Any:
+    array = (_Tensor * max(1, len(types)))()
+    for i, type_ in enumerate(types):
+        array[i].dtype = list(DTYPES).index(type_.dtype)
+        array[i].rank = len(type_.shape)
+        array[i].dims[: min(8, len(type_.shape))] = type_.shape[:8]
+        array[i].data = blocks[i].address if blocks is not None else None
+    return array
+
+
+def call(
+    op: str,
+    provider: str,
+    inputs: Sequence[TensorType],
+    outputs: Sequence[TensorType],
+    ints: Sequence[int],
+    floats: Sequence[float],
+    blocks: tuple[Sequence[Block], Sequence[Block]] | None = None,
+    threads: int = 1,
+    workspace_bytes: int = WORKSPACE_BYTES,
+) -> int:
+    """The status of one kernel call with attributes as a program file holds them; without blocks it is only checked.
+
+    ``provider`` is "ref" or "simd", the best of this CPU.
+    """
+    workspace = Block(max(1, workspace_bytes)) if blocks else None
+    arguments = _Call(
+        inputs=_tensors(inputs, blocks[0] if blocks else None),
+        outputs=_tensors(outputs, blocks[1] if blocks else None),
+        ints=(ctypes.c_int64 * max(1, len(ints)))(*ints),
+        floats=(ctypes.c_double * max(1, len(floats)))(*floats),
+        input_count=len(inputs),
+        output_count=len(outputs),
+        int_count=len(ints),
+        float_count=len(floats),
+        workspace=workspace.address if workspace else None,
+        workspace_bytes=workspace_bytes,
+        threads=threads,
+        check_only=blocks is None,
+    )
+    return int(_shim().kernel_shim_run(op.encode(), provider.encode(), ctypes.byref(arguments)))
+
+
+def check(
+    op: str,
+    inputs: Sequence[TensorType],
+    outputs: Sequence[TensorType],
+    flattened: tuple[Sequence[int], Sequence[float]],
+) -> int:
+    """The status of the op's check, which is what a program's load asks; attributes as `flat` gives them."""
+    return call(op, "ref", inputs, outputs, *flattened)
+
+
+def flat(op: str, attrs: Mapping[str, Any]) -> tuple[list[int], list[float]]:
+    """Attributes as a program file holds them: integers, floats."""
+    return flatten(op, complete_attributes(op, attrs))
+
+
+def run(
+    op: str,
+    provider: str,
+    inputs: Sequence[Array],
+    outputs: Sequence[TensorType],
+    attrs: Mapping[str, Any],
+    share: Mapping[int, int] | None = None,
+    threads: int = 1,
+    workspace_bytes: int = WORKSPACE_BYTES,
+) -> tuple[int, list[Array]]:
+    """The status and the outputs of one kernel; ``share`` maps outputs to the inputs whose buffer they take."""
+    ints, floats = flat(op, attrs)
+    types = [TensorType(tuple(x.shape), dtype_of(x)) for x in inputs]
+    sources = [Block(type_.nbytes) for type_ in types]
+    for block, type_, x in zip(sources, types, inputs, strict=True):
+        block.view(type_)[...] = x
+    shared = share or {}
+    results = [sources[shared[i]] if i in shared else _garbage(type_) for i, type_ in enumerate(outputs)]
+    status = call(op, provider, types, outputs, ints, floats, (sources, results), threads, workspace_bytes)
+    return status, [block.view(type_).copy() for block, type_ in zip(results, outputs, strict=True)]
+
+
+def _garbage(type_: TensorType) -> Block:
+    """What an output holds before a call: NaN as f32, so that an element that is not written shows."""
+    block = Block(prod(type_.shape) * DTYPES[type_.dtype])
+    block.bytes[...] = 0xFF
+    return block

@@ -1,0 +1,106 @@
+"""The planner's workspace figures against the kernels: exactly these bytes are enough, one byte less is not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pockc.ir import Array, TensorType, dtype_of
+from pockc.ops import OPS, infer, load_families
+from pockc.ops.common import sample_operands
+from pockc.targets.native.workspace import workspace_bytes
+from tests.native import kernels
+
+load_families()
+LISTED = (kernels.ROOT / "runtime" / "kernels" / "kernels.inc").read_text()
+SIMD_OPS = re.findall(r"^POCKC_SIMD\((\w+)\)", LISTED, re.MULTILINE)
+
+Shapes = Sequence[tuple[int, ...]]
+# Beyond the ops' own samples: operand shapes and attributes at and around the kernels' block sizes.
+LARGER: list[tuple[str, Shapes, Mapping[str, Any]]] = [
+    ("matmul", ((5, 255), (255, 15)), {}),
+    ("matmul", ((40, 256), (256, 400)), {}),
+    ("matmul", ((300, 40), (300, 17)), {"transpose_a": True}),
+    ("matmul", ((2, 3, 20, 300), (2, 3, 31, 300)), {"transpose_b": True}),
+    ("conv2d", ((2, 9, 9, 40), (400, 3, 3, 40)), {"padding": (1, 1, 1, 1)}),
+    ("conv2d", ((1, 9, 9, 24), (24, 5, 5, 1)), {"groups": 24}),
+    ("conv2d", ((1, 9, 9, 24), (36, 3, 3, 2)), {"groups": 12}),
+    ("conv2d_grad_input", ((2, 5, 5, 50), (50, 3, 3, 33)), {"size": (9, 9), "stride": (2, 2), "padding": (1, 1, 1, 1)}),
+    ("conv2d_grad_input", ((1, 7, 7, 24), (24, 3, 3, 1)), {"size": (9, 9), "groups": 24}),
+    ("conv2d_grad_weight", ((2, 20, 20, 50), (2, 18, 18, 33)), {"kernel": (3, 3)}),
+    ("conv2d_grad_weight", ((1, 9, 9, 24), (1, 7, 7, 24)), {"kernel": (3, 3), "groups": 24}),
+    ("layer_norm_grad_gamma", ((9, 100), (9, 100)), {"epsilon": 1e-5}),
+    ("attention", ((1, 2, 70, 24), (1, 1, 70, 24), (1, 1, 70, 40)), {"scale": 0.2}),
+    ("attention", ((1, 1, 20, 8), (1, 1, 5000, 8), (1, 1, 5000, 8)), {"scale": 0.2}),
+    (
+        "attention_grad",
+        ((1, 2, 70, 40), (1, 2, 70, 24), (1, 1, 600, 24), (1, 1, 600, 40), (1, 2, 70, 40), (1, 2, 70)),
+        {"scale": 0.2},
+    ),
+]
+
+
+def assert_exact(op: str, operands: Sequence[Array], attrs: Mapping[str, Any], threads: int) -> bool:
+    """False where the vectorised kernel leaves the call to the reference kernel."""
+    inputs = tuple(TensorType(tuple(x.shape), dtype_of(x)) for x in operands)
+    outputs, complete = infer(op, inputs, attrs)
+    needed = workspace_bytes(op, inputs, outputs, complete, threads)
+
+    def status(size: int) -> int:
+        return kernels.run(op, "simd", operands, outputs, complete, threads=threads, workspace_bytes=size)[0]
+
+    if status(kernels.WORKSPACE_BYTES) == kernels.UNSUPPORTED:
+        return False
+    assert needed % 64 == 0
+    assert status(needed) == kernels.OK, f"{op} refuses the {needed} bytes that were planned for {threads} threads"
+    if needed > 0:
+        assert status(needed - 1) == kernels.UNSUPPORTED, f"{op} takes less than the {needed} planned bytes"
+    return True
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("op", SIMD_OPS)
+def test_planned_workspace_is_what_the_kernel_asks_for(op: str) -> None:
+    accepted = [
+        assert_exact(op, sample_operands(sample), sample.attrs, threads)
+        for sample in OPS[op].samples
+        for threads in (1, 3)
+    ]
+    assert any(accepted)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize(("op", "shapes", "attrs"), LARGER)
+def test_planned_workspace_is_exact_around_block_sizes(op: str, shapes: Shapes, attrs: Mapping[str, Any]) -> None:
+    generator = np.random.default_rng(0)
+    operands = [generator.standard_normal(shape).astype(np.float32) for shape in shapes]
+    for threads in (1, 2):
+        assert assert_exact(op, operands, attrs, threads)
+
+
+def test_ops_without_scratch_and_empty_operands_need_none() -> None:
+    vector = TensorType((4,))
+    assert workspace_bytes("add", (vector, vector), (vector,), {}, 2) == 0
+    assert workspace_bytes("dropout_mask", (), (TensorType((8,), "u8"),), {}, 2) == 0
+    empty = TensorType((0, 4))
+    attrs = {"transpose_a": False, "transpose_b": False}
+    assert workspace_bytes("matmul", (empty, TensorType((4, 4))), (empty,), attrs, 1) == 0
+
+
+def test_a_thread_count_below_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        workspace_bytes("add", (), (), {}, 0)
+
+
+def test_scratch_does_not_grow_with_the_size_of_the_problem() -> None:
+    def needed(rows: int, columns: int, depth: int) -> int:
+        types = TensorType((rows, depth)), TensorType((depth, columns))
+        attrs = {"transpose_a": False, "transpose_b": False}
+        return workspace_bytes("matmul", types, (TensorType((rows, columns)),), attrs, 1)
+
+    assert needed(8, 8, 8) < 1 << 12
+    assert needed(10_000, 10_000, 10_000) == needed(400, 400, 400) < 1 << 19
