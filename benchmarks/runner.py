@@ -1,7 +1,9 @@
-"""`pock-run` as its own process: no Python takes part in training."""
+"""The programs of a device and of a workstation, `pock-run` and `pockc`, as processes of their own."""
 
 import json
 import subprocess
+import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,31 +15,50 @@ from pockc import abi
 
 
 class RunError(RuntimeError):
-    """`pock-run` ended with an error, which it has printed."""
+    """A program ended with an error, which this message has or which it has printed."""
 
 
-def pock_run(command: str, model: Path, report: Path, *, quiet: bool = False, **options: Any) -> dict[str, Any]:
-    """Runs one command of `pock-run` and returns the JSON report that it writes.
+def train(model: Path, data: Path, checkpoint: Path, *, quiet: bool = False, **options: Any) -> dict[str, Any]:
+    """`pock-run train`: fine-tunes, writes a checkpoint, returns the JSON report. Shows its progress unless quiet."""
+    return _run("train", model, quiet, report=True, data=data, save=checkpoint, **options)
 
-    Args:
-        command: `train`, `eval` or `infer`.
-        model: The .pock file.
-        report: Where the JSON report goes.
-        quiet: Hide the progress bar and messages; errors are shown nevertheless.
-        options: Command-line options; underscores become hyphens.
 
-    Raises:
-        RunError: The exit code is not zero.
-    """
-    arguments = [str(abi.runtime_file("pock-run")), command, str(model)]
-    for name, value in {**options, "report": report}.items():
-        arguments += [f"--{name.replace('_', '-')}", str(value)]
-    result = subprocess.run(arguments, check=False, text=True, capture_output=quiet)
-    if result.returncode != 0:
-        detail = f": {result.stderr.strip()}" if quiet else ""
-        raise RunError(f"`{' '.join(arguments)}` ended with exit code {result.returncode}{detail}")
-    content: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+def evaluate(model: Path, data: Path, **options: Any) -> dict[str, Any]:
+    """`pock-run eval`: the JSON report with loss and accuracy on labelled examples."""
+    return _run("eval", model, quiet=True, report=True, data=data, **options)
+
+
+def infer(model: Path, data: Path, output: Path, **options: Any) -> dict[str, NDArray[np.generic]]:
+    """`pock-run infer`: writes the outputs for all examples to an .npz and returns them by name."""
+    _run("infer", model, quiet=True, report=False, data=data, output=output, **options)
+    with np.load(output) as arrays:
+        return dict(arrays)
+
+
+def export(model: Path, checkpoint: Path, output: Path) -> Path:
+    """`pockc export`: the tuned weights as safetensors, under their original names."""
+    command = [str(Path(sys.executable).with_name("pockc")), "export", str(model)]
+    command += ["--checkpoint", str(checkpoint), "-o", str(output)]
+    _check(subprocess.run(command, check=False, text=True, capture_output=True))
+    return output
+
+
+def _run(command: str, model: Path, quiet: bool, *, report: bool, **options: Any) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="pockc-run-") as folder:
+        arguments = [str(abi.runtime_file("pock-run")), command, str(model)]
+        options |= {"json": Path(folder, "report.json")} if report else {}
+        for name, value in options.items():
+            arguments += [f"--{name.replace('_', '-')}", str(value)]
+        arguments += ["--quiet"] if quiet else []
+        _check(subprocess.run(arguments, check=False, text=True, capture_output=quiet))
+        content: dict[str, Any] = json.loads(options["json"].read_text(encoding="utf-8")) if report else {}
     return content
+
+
+def _check(result: subprocess.CompletedProcess[str]) -> None:
+    if result.returncode != 0:
+        detail = f": {result.stderr.strip()}" if result.stderr else ""
+        raise RunError(f"`{' '.join(result.args)}` ended with exit code {result.returncode}{detail}")
 
 
 def save_arrays(path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> Path:

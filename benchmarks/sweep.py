@@ -47,10 +47,7 @@ def sweep(task: tasks.Task, grids: dict[str, tuple[float, ...]], threads: int) -
         directory = Path(folder)
         runner.save_arrays(directory / "train.npz", task.train)
         runner.save_arrays(directory / "validation.npz", task.validation)
-        schemes = {
-            scheme: _scheme_result([_trial(task, scheme, rate, directory, threads) for rate in grid])
-            for scheme, grid in grids.items()
-        }
+        schemes = {scheme: _sweep_scheme(task, scheme, grid, directory, threads) for scheme, grid in grids.items()}
     return {
         "task": task.title,
         "train_examples": len(task.train["labels"]),
@@ -61,23 +58,28 @@ def sweep(task: tasks.Task, grids: dict[str, tuple[float, ...]], threads: int) -
     }
 
 
-def _trial(task: tasks.Task, scheme: str, learning_rate: float, directory: Path, threads: int) -> dict[str, float]:
-    model = directory / "model.pock"
-    tasks.compile_scheme(task, scheme, learning_rate, task.steps, model)
-    result = runner.pock_run(
-        "train",
-        model,
-        directory / "report.json",
-        quiet=True,
-        data=directory / "train.npz",
-        eval=directory / "validation.npz",
-        epochs=task.epochs,
-        seed=tasks.SEED,
-        threads=threads,
-    )
-    trial = {"learning_rate": learning_rate, "accuracy": result["accuracy"], "loss": result["eval_loss"]}
-    print(f"{task.key} {scheme} {learning_rate:g}: accuracy {trial['accuracy']:.4f}, loss {trial['loss']:.4f}")
-    return trial
+def _sweep_scheme(
+    task: tasks.Task, scheme: str, grid: Sequence[float], directory: Path, threads: int
+) -> dict[str, Any]:
+    model, checkpoint = directory / f"{scheme}.pock", directory / "tuned.ckpt"
+    tasks.compile_scheme(task, scheme, grid[0], task.steps, model)
+    trials = []
+    for rate in grid:
+        runner.train(
+            model,
+            directory / "train.npz",
+            checkpoint,
+            quiet=True,
+            epochs=task.epochs,
+            seed=tasks.SEED,
+            threads=threads,
+            learning_rate=rate,
+        )
+        judged = runner.evaluate(model, directory / "validation.npz", checkpoint=checkpoint, threads=threads)
+        trials.append({"learning_rate": rate, "accuracy": judged["accuracy"], "loss": judged["loss"]})
+        accuracy, loss = judged["accuracy"], judged["loss"]
+        print(f"{task.key} {scheme} {rate:g}: accuracy {accuracy:.4f}, loss {loss:.4f}", file=sys.stderr, flush=True)
+    return _scheme_result(trials)
 
 
 def _scheme_result(trials: Sequence[dict[str, float]]) -> dict[str, Any]:
