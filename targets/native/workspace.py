@@ -19,6 +19,8 @@ _GEMM_COLUMNS = 384  # block of the columns of the right matrix
 _GEMM_ROWS = 16  # most rows of any instruction set's tile
 _GEMM_PADDING = 16  # floats between copied rows
 _DEPTHWISE_UNITS = 4  # separately summed parts of a depthwise weight gradient
+_NORM_UNITS = 4  # separately summed parts of a normalisation's gamma gradient
+_SCORE_FLOATS = 32768  # of a block of attention scores, where sequences are long
 
 Types = Sequence[TensorType]
 Attributes = Mapping[str, Any]
@@ -94,9 +96,48 @@ def _conv2d_grad_weight(inputs: Types, outputs: Types, attrs: Attributes, thread
     return threads * _gemm(prod(weight[1:]), prod(inputs[1].shape[:3]))
 
 
+def _sums_of_units(inputs: Types, outputs: Types, attrs: Attributes, threads: int) -> int:
+    return _FLOAT * _NORM_UNITS * _round_up(inputs[0].shape[-1], 16)
+
+
+def _batch_norm_grad_input(inputs: Types, outputs: Types, attrs: Attributes, threads: int) -> int:
+    return _FLOAT * 2 * _round_up(inputs[0].shape[-1], 16)
+
+
+def _cross_entropy(inputs: Types, outputs: Types, attrs: Attributes, threads: int) -> int:
+    return _FLOAT * _round_up(inputs[0].shape[0], 16)
+
+
+def _score_block(queries: int, keys: int) -> tuple[int, int]:
+    """Query rows of one block of attention scores, and its bytes."""
+    rows = min(queries, max(8, min(64, _SCORE_FLOATS // keys)))
+    return rows, _FLOAT * rows * _round_up(keys, 16)
+
+
+def _attention(inputs: Types, outputs: Types, attrs: Attributes, threads: int) -> int:
+    queries, depth = inputs[0].shape[2:]
+    keys, value_depth = inputs[2].shape[2:]
+    _, block = _score_block(queries, keys)
+    return threads * (block + max(_gemm(keys, depth), _gemm(value_depth, keys)))
+
+
+def _attention_grad(inputs: Types, outputs: Types, attrs: Attributes, threads: int) -> int:
+    queries, depth = inputs[1].shape[2:]
+    keys, value_depth = inputs[3].shape[2:]
+    rows, block = _score_block(queries, keys)
+    products = ((keys, depth), (keys, value_depth), (depth, keys), (depth, rows), (value_depth, rows))
+    return threads * (2 * block + max(_gemm(columns, inner) for columns, inner in products))
+
+
 _RULES: dict[str, Callable[[Types, Types, Attributes, int], int]] = {
     "matmul": _matmul,
     "conv2d": _conv2d,
     "conv2d_grad_input": _conv2d_grad_input,
     "conv2d_grad_weight": _conv2d_grad_weight,
+    "layer_norm_grad_gamma": _sums_of_units,
+    "rms_norm_grad_gamma": _sums_of_units,
+    "batch_norm_grad_input": _batch_norm_grad_input,
+    "cross_entropy": _cross_entropy,
+    "attention": _attention,
+    "attention_grad": _attention_grad,
 }
