@@ -146,6 +146,14 @@ def shape_of(value: Value) -> tuple[int, ...]:
     return value.type.shape
 
 
+def check_results(name: str, result: Value | tuple[Value | None, ...], types: Sequence[TensorType | None]) -> None:
+    """Our type rules and PyTorch must agree on every result."""
+    values = result if isinstance(result, tuple) else (result,)
+    for value, expected in zip(values, types, strict=False):
+        if value is not None and expected is not None and value.type != expected:
+            raise InternalError(f"the handler of {name} returns {value.type}; PyTorch returns {expected}")
+
+
 HINTS: dict[str, str] = {
     "gather": "Use an embedding lookup, or index with constants.",
     "scatter": "Write the result with torch.where or torch.cat.",

@@ -101,7 +101,7 @@ def _wrapped(call: Call, index: Value, size: int) -> Value:
 def _lookup(call: Call, x: Value, indices: Sequence[Value], sizes: Sequence[int], axis: int) -> Value:
     """Rows chosen at run time: an embedding lookup, whose table is `x` itself with the indexed axis in front."""
     refuse_unless(
-        x.type.dtype == "f32", f"an {x.type.dtype} tensor indexed by computed positions", supported="float32 tensors"
+        _exact_as_float(call, x), f"an {x.type.dtype} tensor indexed by computed positions", supported="float32 tensors"
     )
     b = call.builder
     position = indices[0]
@@ -110,9 +110,9 @@ def _lookup(call: Call, x: Value, indices: Sequence[Value], sizes: Sequence[int]
     rank = len(shape_of(x))
     table = call.transpose(x, (axis, *(i for i in range(rank) if i != axis)))
     rest = shape_of(table)[1:]
-    rows = b("embedding", call.reshape(table, (shape_of(table)[0], math.prod(rest))), position)
+    rows = b("embedding", call.reshape(call.cast(table, "f32"), (shape_of(table)[0], math.prod(rest))), position)
     shape = shape_of(position)
-    result = call.reshape(rows, (*shape, *rest))
+    result = call.cast(call.reshape(rows, (*shape, *rest)), x.type.dtype)
     lead = len(shape)
     # The looked-up axes stand in front; put them back behind the axes that came before the indexed one.
     order = (*range(lead, lead + axis), *range(lead), *range(lead + axis, lead + len(rest)))
@@ -121,15 +121,26 @@ def _lookup(call: Call, x: Value, indices: Sequence[Value], sizes: Sequence[int]
 
 @handles("gather.default")
 def _gather(call: Call, x: Value, dim: int, index: Value, sparse_grad: bool = False) -> Value:
-    """Along the last axis of float tensors: a lookup in the flattened tensor, at row * size + index."""
+    """Along the last axis: a lookup in the flattened tensor, at row * size + index."""
+    contents = call.constant(x)
+    if contents is not None and contents.size and (contents == contents.flat[0]).all():
+        return call.expand(call.value(contents.flat[0].item(), x.type.dtype), shape_of(index))
     axis, rank = axis_of(dim, len(shape_of(x))), len(shape_of(x))
     refuse_unless(
-        rank > 0 and axis == rank - 1 and shape_of(index)[:-1] == shape_of(x)[:-1] and x.type.dtype == "f32",
+        rank > 0 and axis == rank - 1 and shape_of(index)[:-1] == shape_of(x)[:-1] and _exact_as_float(call, x),
         "this gather",
         supported="gather of float32 along the last axis, with an index of the same leading shape",
+        instead="Use an embedding lookup.",
     )
     b, size = call.builder, shape_of(x)[-1]
     starts = np.arange(math.prod(shape_of(x)[:-1]), dtype=np.int64).reshape(*shape_of(x)[:-1], 1) * size
     position = b("add", call.cast(index, "i64"), b.constant(starts, "i64"))
-    rows = b("embedding", call.reshape(x, (x.type.elements, 1)), position)
-    return call.reshape(rows, shape_of(index))
+    rows = b("embedding", call.reshape(call.cast(x, "f32"), (x.type.elements, 1)), position)
+    return call.cast(call.reshape(rows, shape_of(index)), x.type.dtype)
+
+
+def _exact_as_float(call: Call, x: Value) -> bool:
+    """Whether a lookup may go through float32: floats and booleans, and integers that are known to be small."""
+    contents = call.constant(x)
+    small = contents is not None and bool((np.abs(contents) < 2**24).all())
+    return x.type.dtype in ("f32", "bool") or small

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +59,23 @@ def _short(file: str) -> str:
         return file.rpartition(_PACKAGES)[2]
     relative = os.path.relpath(file)
     return file if relative.startswith(os.pardir) else relative
+
+
+def export_error(error: Exception) -> UserError:
+    """What torch.export, or the model under it, raised: its first line, the user's line, and a way out."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    frames = [(frame.filename, frame.lineno or 0) for frame in traceback.extract_tb(error.__traceback__)]
+    file, line = user_frame(frames)
+    dynamic = "data-dependent" in str(error) or "data dependent" in str(error)
+    return UserError(
+        f"torch.export cannot capture this model: {type(error).__name__}: {first}",
+        where=f"{file}:{line}" if file else "",
+        instead=(
+            "Shapes and control flow must not depend on the values of tensors: use torch.where or masks."
+            if dynamic
+            else "Check that the model runs on the example inputs, and that torch.export.export accepts it."
+        ),
+    )
 
 
 def origin_of(node: Any) -> Origin:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import operator
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,11 +16,11 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 
-from pockc.errors import InternalError, UserError
-from pockc.frontend.aten import KEEP_WHOLE, Call, hint_for, load_handlers, refuse
+from pockc.errors import UserError
+from pockc.frontend.aten import KEEP_WHOLE, Call, check_results, hint_for, load_handlers, refuse
 from pockc.frontend.gradients import stopped_gradients
 from pockc.frontend.patterns import rewrite
-from pockc.frontend.source import MODEL, Problem, combined, origin_of, place_of, user_frame
+from pockc.frontend.source import MODEL, Problem, combined, export_error, origin_of, place_of
 from pockc.ir import NUMPY_DTYPES, Array, Builder, Graph, TensorType, Value
 
 # Not uint8: in the IR that is the type of bit masks, and nothing casts from it.
@@ -187,27 +186,11 @@ def _export(wrapper: _Entry, inputs: Mapping[str, Tensor]) -> tuple[ExportedProg
     except UserError:
         raise
     except Exception as error:  # whatever the user's forward or torch.export raises
-        raise _export_error(error) from error
+        raise export_error(error) from error
 
 
 def _kept_whole(overload: str) -> bool:
     return overload.removeprefix("aten.").split(".")[0] in KEEP_WHOLE
-
-
-def _export_error(error: Exception) -> UserError:
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    frames = [(frame.filename, frame.lineno or 0) for frame in traceback.extract_tb(error.__traceback__)]
-    file, line = user_frame(frames)
-    dynamic = "data-dependent" in str(error) or "data dependent" in str(error)
-    return UserError(
-        f"torch.export cannot capture this model: {type(error).__name__}: {first}",
-        where=f"{file}:{line}" if file else "",
-        instead=(
-            "Shapes and control flow must not depend on the values of tensors: use torch.where or masks."
-            if dynamic
-            else "Check that the model runs on the example inputs, and that torch.export.export accepts it."
-        ),
-    )
 
 
 # ---- the exported program to the IR ----
@@ -362,7 +345,7 @@ class _Importer:
         except UserError as error:
             self.problems.append(Problem(place_of(node), name, error))
             return _stand_in(node)
-        _check(name, result, types)
+        check_results(name, result, types)
         return result
 
     def _operand(self, argument: Any) -> Any:
@@ -508,11 +491,3 @@ def _stand_in(node: fx.Node) -> _Result:
         return _UNKNOWN
     values = tuple(Value(node.name, type_) if type_ else _UNKNOWN for type_ in types)
     return values if isinstance(node.meta["val"], list | tuple) else values[0]
-
-
-def _check(name: str, result: Value | tuple[Value | None, ...], types: Sequence[TensorType | None]) -> None:
-    """Our type rules and PyTorch must agree on every result."""
-    values = result if isinstance(result, tuple) else (result,)
-    for value, expected in zip(values, types, strict=False):
-        if value is not None and expected is not None and value.type != expected:
-            raise InternalError(f"the handler of {name} returns {value.type}; PyTorch returns {expected}")

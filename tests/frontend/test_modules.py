@@ -178,6 +178,12 @@ FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
         x[torch.arange(2), x[:, 0, 0].argmin(-1).clamp(max=3) - 4],
     ),
     "gather": lambda x: x.gather(-1, x.argmax(-1, keepdim=True)),
+    "gather_from_constants": lambda x: (
+        torch.zeros(6, 3, dtype=torch.int64).gather(1, (x[0, 0] > 0).long()),
+        torch.arange(18).view(6, 3).gather(1, (x[0, 0] > 0).long()),
+        torch.arange(18).view(6, 3)[(x[0, 0, 0] > 0).long()],
+        (x[0, 0] > 0).gather(1, (x[0, 0] > 0).long()),
+    ),
     "flips": lambda x: (x.flip(-1), x.flip((1, 2)), x.roll(2, 1), x.roll((1, -1), (2, 3))),
     "pads": lambda x: (F.pad(x, (1, 2)), F.pad(x, (0, 0, -1, 1)), F.pad(x, (1, 1), value=3.0)),
     "pad_of_booleans": lambda x: F.pad(x > 0, (1, 0)),

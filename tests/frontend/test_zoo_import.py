@@ -47,7 +47,7 @@ def test_language_models_arrive_as_few_operators(name: str) -> None:
 
 
 def test_bert_masks_stay_one_row_per_text() -> None:
-    model, inputs = zoo.bert_base(**zoo.SMALL["bert_base"])  # type: ignore[arg-type] # the table mixes int and float
+    model, inputs = zoo.bert_base(**zoo.SMALL["bert_base"])
 
     graph = trace(model, inputs, loss="cross_entropy", batchnorm="fold").graph
 
