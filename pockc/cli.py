@@ -81,12 +81,10 @@ def build(
 
     board = devices.find(device)
     options = _options(
-        model, loss, optimizer, learning_rate, batch_size, clip_norm, weight_decay, momentum,
+        model, scheme, batchnorm, loss, optimizer, learning_rate, batch_size, clip_norm, weight_decay, momentum,
         (schedule, warmup, total_steps, step_size), label_smoothing,
     )  # fmt: skip
-    program = build_program(
-        **options, scheme=scheme, batchnorm=batchnorm, device=device, accumulation=accumulate, seed=seed
-    )
+    program = build_program(**options, device=device, accumulation=accumulate, seed=seed)
     file = output / "model.pock"
     program.save(file)
     console = Console()
@@ -149,13 +147,11 @@ def verify(
     from pockc.parity import verify_against_torch
 
     options = _options(
-        model, loss, optimizer, learning_rate, batch_size, clip_norm, weight_decay, momentum,
+        model, scheme, batchnorm, loss, optimizer, learning_rate, batch_size, clip_norm, weight_decay, momentum,
         (schedule, warmup, total_steps, step_size), label_smoothing,
     )  # fmt: skip
     parity = verify_against_torch(
         **options,
-        scheme=scheme,
-        batchnorm=batchnorm,
         accumulation=accumulate,
         steps=steps,
         seed=seed,
@@ -208,6 +204,8 @@ def devices() -> None:
 
 def _options(
     model: str,
+    scheme: str,
+    batchnorm: str,
     loss: str,
     optimizer: str,
     learning_rate: float | None,
@@ -221,6 +219,7 @@ def _options(
     """Keyword arguments that `build` and `verify_against_torch` have in common."""
     from pockc.cli_model import load_model, make_loss, make_optimizer
     from pockc.optim import Schedule
+    from pockc.scheme import Scheme
 
     kind, warmup, total_steps, step_size = schedule
     settings = make_optimizer(
@@ -231,11 +230,14 @@ def _options(
         clip_norm=clip_norm,
         schedule=Schedule(kind, warmup, total_steps, step_size),  # type: ignore[arg-type] # checked by Schedule
     )
+    chosen_scheme = Scheme.load(scheme)
     chosen_loss = make_loss(loss)
     network, example_inputs = load_model(model, batch_size)
     return {
         "model": network,
         "example_inputs": example_inputs,
+        "scheme": chosen_scheme,
+        "batchnorm": batchnorm,
         "loss": chosen_loss,
         "optimizer": settings,
         "loss_options": {"label_smoothing": label_smoothing} if label_smoothing else {},

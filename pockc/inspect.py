@@ -146,8 +146,8 @@ def _by_module(memory: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _arguments(entry: Entry) -> list[tuple[str, ...]]:
-    inputs = [("input", name, str(tensor)) for name, tensor in entry.inputs.items()]
-    return inputs + [("output", name, str(tensor)) for name, tensor in entry.outputs.items()]
+    rows: list[tuple[str, ...]] = [("input", name, str(tensor)) for name, tensor in entry.inputs.items()]
+    return rows + [("output", name, str(tensor)) for name, tensor in entry.outputs.items()]
 
 
 def _calls(entry: Entry) -> list[tuple[str, ...]]:

@@ -16,6 +16,7 @@ from pockc.artifact import read
 from pockc.build import build
 from pockc.checkpoint import export, read_checkpoint
 from pockc.errors import UserError
+from pockc.ir import Array
 from pockc.optim import SGD, AdamW
 from pockc.program import Program
 from pockc.session import Session
@@ -87,6 +88,12 @@ def batch(seed: int = 0) -> dict[str, Any]:
     return {"x": images, "labels": random.integers(0, CLASSES, BATCH)}
 
 
+def logits(session: Session, images: Array) -> Array:
+    output = session.infer(x=images)
+    assert isinstance(output, np.ndarray)
+    return output
+
+
 # --- Steps ------------------------------------------------------------------------------------------------------------
 
 
@@ -116,7 +123,7 @@ def test_inference_equals_pytorch(session: Session, conv_net: nn.Module) -> None
     images = batch()["x"]
     with torch.no_grad():
         expected = conv_net(torch.from_numpy(images)).numpy()
-    np.testing.assert_allclose(session.infer(x=images), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(logits(session, images), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_inputs_may_be_tensors_narrower_integers_and_doubles(session: Session) -> None:
@@ -246,7 +253,7 @@ def test_export_loads_into_the_original_model_with_the_same_logits(
     tuned.load_state_dict(load_torch_file(tmp_path / "tuned.safetensors"), strict=True)
     with torch.no_grad():
         expected = tuned(torch.from_numpy(batch()["x"])).numpy()
-    np.testing.assert_allclose(session.infer(x=batch()["x"]), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(logits(session, batch()["x"]), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_export_without_base_says_what_is_missing(file: Path, tmp_path: Path) -> None:

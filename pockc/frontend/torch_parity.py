@@ -44,7 +44,7 @@ def named_arrays(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any
     if isinstance(example_inputs, tuple):
         names = list(inspect.signature(model.forward).parameters)
         example_inputs = dict(zip(names, example_inputs, strict=False))
-    return {name: np.array(torch.as_tensor(value)) for name, value in example_inputs.items()}
+    return {name: torch.as_tensor(value).detach().numpy().copy() for name, value in example_inputs.items()}
 
 
 @dataclass
