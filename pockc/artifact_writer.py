@@ -85,11 +85,16 @@ class _Data:
     def __init__(self) -> None:
         self.size = 0
         self._offsets: dict[tuple[bytes, int], int] = {}
+        self._known: dict[int, int] = {}  # by identity: entries share their frozen weights, which need one hash
         self._arrays: list[Array] = []
 
     def add(self, array: Array) -> int:
-        """The offset of these contents."""
-        array = np.ascontiguousarray(array)
+        """The offset of these contents. The array must live, unchanged, until the file is written."""
+        if id(array) not in self._known:
+            self._known[id(array)] = self._add(np.ascontiguousarray(array))
+        return self._known[id(array)]
+
+    def _add(self, array: Array) -> int:
         key = (hashlib.sha256(_bytes(array)).digest(), array.nbytes)
         if key not in self._offsets:
             self._offsets[key] = self.size
