@@ -34,8 +34,9 @@ typedef struct kernel_call {
   int32_t check_only;
 } kernel_call;
 
-// Checks the call as a program's load does, data pointers null, then runs it. `provider` is "ref" or "simd";
-// a simd kernel that is missing or does not accept the call gives PK_UNSUPPORTED, an unknown op PK_NOT_FOUND.
+// Checks the call as a program's load does, data pointers null, then runs it. `provider` is "ref", "simd"
+// (the best instruction set of this CPU) or "simd-<instruction set>"; a simd kernel that is missing, does not
+// run here or does not accept the call gives PK_UNSUPPORTED, an unknown op PK_NOT_FOUND.
 PK_API int32_t kernel_shim_run(const char* op, const char* provider, const kernel_call* arguments) {
   const pockc::KernelEntry* reference = pockc::find_reference(op);
   if (reference == nullptr) return PK_NOT_FOUND;
@@ -59,7 +60,8 @@ PK_API int32_t kernel_shim_run(const char* op, const char* provider, const kerne
 
   const pockc::KernelEntry* entry = reference;
   if (std::strcmp(provider, "ref") != 0) {
-    entry = pockc::find_simd(op);
+    const char* dash = std::strchr(provider, '-');
+    entry = dash == nullptr ? pockc::find_simd(op) : pockc::find_simd(op, dash + 1);
     if (entry == nullptr || !entry->accepts(call)) return PK_UNSUPPORTED;
   }
   if (arguments->check_only != 0) return PK_OK;
