@@ -74,7 +74,8 @@ class Block:
 
     def view(self, type_: TensorType) -> Array:
         """The block as an array of that type."""
-        return self.bytes.view(NUMPY_DTYPES[type_.dtype]).reshape(type_.shape)
+        array: Array = self.bytes.view(NUMPY_DTYPES[type_.dtype]).reshape(type_.shape)
+        return array
 
 
 @cache
