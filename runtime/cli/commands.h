@@ -94,6 +94,9 @@ std::string format(const char* text, ...) __attribute__((format(printf, 1, 2)));
 std::string format_bytes(uint64_t bytes);
 // Prints pk_last_error and returns the exit status 1.
 int report_failure();
+// Whether a file can be written in the directory of `path`: asked before hours of work, not after. An empty
+// path is fine.
+Status check_writable(const std::string& path);
 Status write_report(const std::string& path, const std::string& json);
 
 // Each returns the exit status of the process.

@@ -110,8 +110,8 @@ std::string Evaluator::describe() const {
 int evaluate(const Options& options) {
   Model model;
   Evaluator evaluator;
-  if (model.open(options) != PK_OK || load_weights(&model, options) != PK_OK ||
-      evaluator.open(options.data, model) != PK_OK) {
+  if (check_writable(options.json) != PK_OK || model.open(options) != PK_OK ||
+      load_weights(&model, options) != PK_OK || evaluator.open(options.data, model) != PK_OK) {
     return report_failure();
   }
   const double start = wall_seconds();
@@ -195,8 +195,8 @@ Status infer_all(Model* model, const Options& options, int64_t* samples) {
 int infer(const Options& options) {
   Model model;
   int64_t samples = 0;
-  if (model.open(options) != PK_OK || load_weights(&model, options) != PK_OK ||
-      infer_all(&model, options, &samples) != PK_OK) {
+  if (check_writable(options.output) != PK_OK || model.open(options) != PK_OK ||
+      load_weights(&model, options) != PK_OK || infer_all(&model, options, &samples) != PK_OK) {
     return report_failure();
   }
   if (!options.quiet)

@@ -46,6 +46,12 @@ int report_failure() {
   return 1;
 }
 
+Status check_writable(const std::string& path) {
+  if (path.empty()) return PK_OK;
+  AtomicWriter probe(posix_file_system());  // its temporary file goes away with it
+  return probe.open(path.c_str());
+}
+
 Status write_report(const std::string& path, const std::string& json) {
   AtomicWriter writer(posix_file_system());
   POCKC_TRY(writer.open(path.c_str()));

@@ -93,6 +93,8 @@ Status Trainer::open() {
     return fail(PK_NOT_FOUND, "there is no checkpoint %s to resume from: leave --resume out to start anew",
                 options_.save.c_str());
   }
+  POCKC_TRY(check_writable(options_.save));
+  POCKC_TRY(check_writable(options_.json));
   POCKC_TRY(model_.open(options_));
   entry_ = model_.entry("train_step");
   if (entry_ == nullptr) return PK_NOT_FOUND;

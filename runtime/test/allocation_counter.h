@@ -17,7 +17,9 @@ inline void count_allocation(size_t size) {
 }  // namespace pockc::test
 
 #if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/allocator_interface.h>
+// As in sanitizer/allocator_interface.h, which not every compiler package has.
+extern "C" int __sanitizer_install_malloc_and_free_hooks(void (*)(const volatile void*, size_t),
+                                                         void (*)(const volatile void*));
 
 namespace pockc::test {
 inline const int hooks = __sanitizer_install_malloc_and_free_hooks(

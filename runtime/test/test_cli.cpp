@@ -160,6 +160,16 @@ TEST("less than a batch of samples is refused for training and accepted for eval
   CHECK(evaluate(workspace.options) == 0);
 }
 
+TEST("a path that cannot be written is refused before training, and the probe leaves nothing") {
+  Workspace workspace;
+  const size_t files = workspace.directory.list().size();
+  workspace.options.save = workspace.directory.path("no/such/folder/a.ckpt");
+  workspace.options.epochs = 1000000000;  // would not end
+  CHECK(train(workspace.options) == 1);
+  CHECK(contains(pk_last_error(), "No such file or directory"));
+  CHECK(workspace.directory.list().size() == files);
+}
+
 TEST("a learning rate can be set, and nothing is learned with zero") {
   Workspace workspace;
   workspace.options.learning_rate = 0;

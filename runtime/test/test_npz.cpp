@@ -39,6 +39,7 @@ constexpr const char* kPackedSquares =
 // "abcabcabcabcabcabc", packed with the fixed codes.
 constexpr const char* kPackedFixed = "4b4c4a4e444500";
 
+// The arrays point into x and labels.
 std::vector<NumpyArray> sample_arrays(const std::vector<float>& x, const std::vector<int64_t>& labels) {
   NumpyArray a{"pixel_values",
                NumpyType::kF32,
@@ -107,7 +108,8 @@ TEST("an archive that was written can be read") {
 TEST("damaged archives are refused or read, never worse") {
   TemporaryDirectory directory;
   const std::vector<float> x(8, 1.0f);
-  REQUIRE(write_npz(directory.path("a.npz"), sample_arrays(x, {0, 1})) == PK_OK);
+  const std::vector<int64_t> labels = {0, 1};
+  REQUIRE(write_npz(directory.path("a.npz"), sample_arrays(x, labels)) == PK_OK);
   const std::string bytes = read_file(directory.path("a.npz"));
   for (size_t length = 0; length < bytes.size(); ++length) {
     write_file(directory.path("b.npz"), bytes.substr(0, length));
@@ -150,7 +152,8 @@ TEST("what a program cannot take is said with names, shapes and dtypes") {
   arrays[0].shape = {4, 3};
   CHECK(open(arrays) == PK_TYPE_MISMATCH);
   CHECK(contains(pk_last_error(), "has shape [4,3], `train_step` of this program wants [samples,4]"));
-  arrays = sample_arrays(x, {0, 1});
+  const std::vector<int64_t> fewer = {0, 1};
+  arrays = sample_arrays(x, fewer);
   CHECK(open(arrays) == PK_TYPE_MISMATCH);
   CHECK(contains(pk_last_error(), "`labels` has 2 samples"));
   arrays = sample_arrays(x, labels);
