@@ -29,8 +29,9 @@ void run_block(const Call& call, const Attention& a, int64_t head, int64_t begin
     const float sum = row_exponentials(row, seen, most, row);
     log_sums[i] = most + scalar_log(sum);
     const vf factor = splat(1.0f / sum);
-    for_vectors(0, seen,
-                [&](int64_t j, int64_t valid) { store_n(row + j, load_n(row + j, valid) * factor, valid); });
+    for_vectors(0, seen, [&](int64_t j, int64_t valid) POCKC_LAMBDA {
+      store_n(row + j, load_n(row + j, valid) * factor, valid);
+    });
   }
   Gemm g;
   g.m = end - begin, g.n = a.value_depth, g.k = seen;

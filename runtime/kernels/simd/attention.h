@@ -90,7 +90,7 @@ inline void Attention::scores(int64_t b, int64_t h, int64_t begin, int64_t end, 
   gemm_part(g, 0, g.m, 0, g.n, scratch);
   for (int64_t i = begin; i < end; ++i) {
     float* row = to + (i - begin) * score_pitch();
-    for_vectors(0, seen, [&](int64_t j, int64_t valid) {
+    for_vectors(0, seen, [&](int64_t j, int64_t valid) POCKC_LAMBDA {
       store_n(row + j, load_n(row + j, valid) * splat(scale), valid);
     });
     mask_row(*this, b, h, i, seen, row);

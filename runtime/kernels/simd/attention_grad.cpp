@@ -26,9 +26,8 @@ struct Head {
 
 float row_product(const float* x, const float* y, int64_t n) {
   Lanes sum = Lanes::all(0);
-  for_lanes(n, [&](int j, int64_t i, int64_t valid) {
-    sum.v[j] = fma(load_n(x + i, valid), load_n(y + i, valid), sum.v[j]);
-  });
+  for_lanes(n, [&](int j, int64_t i, int64_t valid)
+                   POCKC_LAMBDA { sum.v[j] = fma(load_n(x + i, valid), load_n(y + i, valid), sum.v[j]); });
   return sum.sum();
 }
 
@@ -56,7 +55,7 @@ void run_block(const Attention& a, const Head& head, int64_t begin, int64_t end,
       continue;
     }
     const vf delta = splat(row_product(head.ct + i * width, head.out + i * width, width));
-    for_vectors(0, seen, [&](int64_t j, int64_t valid) {
+    for_vectors(0, seen, [&](int64_t j, int64_t valid) POCKC_LAMBDA {
       const vf probability = exponential(load_n(p_row + j, valid) - splat(log_sum));
       store_n(p_row + j, probability, valid);
       store_n(ds_row + j, probability * (load_n(ds_row + j, valid) - delta) * splat(a.scale), valid);

@@ -19,7 +19,7 @@ void for_columns(const Call& call, int64_t columns, F&& f) {
 }
 
 void divide_columns(float* sums, int64_t c0, int64_t c1, float divisor) {
-  for_vectors(c0, c1, [&](int64_t c, int64_t valid) {
+  for_vectors(c0, c1, [&](int64_t c, int64_t valid) POCKC_LAMBDA {
     store_n(sums + c, load_n(sums + c, valid) / splat(divisor), valid);
   });
 }
@@ -33,7 +33,7 @@ template <typename F>
 void for_elements(const Call& call, int64_t rows, int64_t channels, F&& f) {
   parallel(call, rows, maximum<int64_t>(1, kElementGrain / channels), [&](int64_t begin, int64_t end, int) {
     for (int64_t row = begin; row < end; ++row) {
-      for_vectors(0, channels, [&](int64_t c, int64_t valid) { f(row * channels, c, valid); });
+      for_vectors(0, channels, [&](int64_t c, int64_t valid) POCKC_LAMBDA { f(row * channels, c, valid); });
     }
   });
 }
@@ -54,17 +54,17 @@ Status run_batch_norm(const Call& call) {
   const int64_t channels = last_dim(call.inputs[0]), rows = elements(call.inputs[0]) / channels;
   const float epsilon = static_cast<float>(call.floats[0]);
   for_columns(call, channels, [&](int64_t c0, int64_t c1) {
-    sum_columns(rows, c0, c1, mean, [&](int64_t row, int64_t c, int64_t valid, vf sum) {
+    sum_columns(rows, c0, c1, mean, [&](int64_t row, int64_t c, int64_t valid, vf sum) POCKC_LAMBDA {
       return sum + load_n(x + row * channels + c, valid);
     });
     divide_columns(mean, c0, c1, static_cast<float>(rows));
-    sum_columns(rows, c0, c1, variance, [&](int64_t row, int64_t c, int64_t valid, vf sum) {
+    sum_columns(rows, c0, c1, variance, [&](int64_t row, int64_t c, int64_t valid, vf sum) POCKC_LAMBDA {
       const vf d = load_n(x + row * channels + c, valid) - load_n(mean + c, valid);
       return fma(d, d, sum);
     });
     divide_columns(variance, c0, c1, static_cast<float>(rows));
   });
-  for_elements(call, rows, channels, [&](int64_t row, int64_t c, int64_t valid) {
+  for_elements(call, rows, channels, [&](int64_t row, int64_t c, int64_t valid) POCKC_LAMBDA {
     const vf scale = inverse_deviation(variance + c, valid, epsilon) * load_n(gamma + c, valid);
     const vf d = load_n(x + row + c, valid) - load_n(mean + c, valid);
     store_n(y + row + c, fma(d, scale, load_n(beta + c, valid)), valid);
@@ -83,11 +83,11 @@ Status run_batch_norm_grad_gamma(const Call& call) {
   const int64_t channels = last_dim(call.inputs[0]), rows = elements(call.inputs[0]) / channels;
   const float epsilon = static_cast<float>(call.floats[0]);
   for_columns(call, channels, [&](int64_t c0, int64_t c1) {
-    sum_columns(rows, c0, c1, out, [&](int64_t row, int64_t c, int64_t valid, vf sum) {
+    sum_columns(rows, c0, c1, out, [&](int64_t row, int64_t c, int64_t valid, vf sum) POCKC_LAMBDA {
       const int64_t at = row * channels + c;
       return fma(load_n(ct + at, valid), load_n(x + at, valid) - load_n(mean + c, valid), sum);
     });
-    for_vectors(c0, c1, [&](int64_t c, int64_t valid) {
+    for_vectors(c0, c1, [&](int64_t c, int64_t valid) POCKC_LAMBDA {
       store_n(out + c, load_n(out + c, valid) * inverse_deviation(variance + c, valid, epsilon), valid);
     });
   });
@@ -110,17 +110,17 @@ Status run_batch_norm_grad_input(const Call& call) {
   float* ct_mean = workspace(call);
   float* product_mean = ct_mean + round_up(channels, 16);  // of ct (x - mean): r is applied once, below
   for_columns(call, channels, [&](int64_t c0, int64_t c1) {
-    sum_columns(rows, c0, c1, ct_mean, [&](int64_t row, int64_t c, int64_t valid, vf sum) {
+    sum_columns(rows, c0, c1, ct_mean, [&](int64_t row, int64_t c, int64_t valid, vf sum) POCKC_LAMBDA {
       return sum + load_n(ct + row * channels + c, valid);
     });
-    sum_columns(rows, c0, c1, product_mean, [&](int64_t row, int64_t c, int64_t valid, vf sum) {
+    sum_columns(rows, c0, c1, product_mean, [&](int64_t row, int64_t c, int64_t valid, vf sum) POCKC_LAMBDA {
       const int64_t at = row * channels + c;
       return fma(load_n(ct + at, valid), load_n(x + at, valid) - load_n(mean + c, valid), sum);
     });
     divide_columns(ct_mean, c0, c1, static_cast<float>(rows));
     divide_columns(product_mean, c0, c1, static_cast<float>(rows));
   });
-  for_elements(call, rows, channels, [&](int64_t row, int64_t c, int64_t valid) {
+  for_elements(call, rows, channels, [&](int64_t row, int64_t c, int64_t valid) POCKC_LAMBDA {
     const vf scale = inverse_deviation(variance + c, valid, epsilon);
     const vf d = load_n(x + row + c, valid) - load_n(mean + c, valid);
     const vf slope = -load_n(product_mean + c, valid) * scale * scale;

@@ -62,7 +62,7 @@ Status combine_full(const Call& call, const Broadcast& b, F function) {
       for (int64_t o = scalar ? 0 : begin; o < (scalar ? 1 : end); ++o) {
         const vf factor = splat(other[o]);
         const int64_t first = scalar ? begin : o * b.middle;
-        for_vectors(first, scalar ? end : first + b.middle, [&](int64_t i, int64_t valid) {
+        for_vectors(first, scalar ? end : first + b.middle, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
           store_n(out + i, function(load_n(full + i, valid), factor), valid);
         });
       }
@@ -71,7 +71,7 @@ Status combine_full(const Call& call, const Broadcast& b, F function) {
   }
   if (b.outer * b.middle == 1) {
     parallel(call, b.inner, kElementGrain, [&](int64_t begin, int64_t end, int) {
-      for_vectors(begin, end, [&](int64_t i, int64_t valid) {
+      for_vectors(begin, end, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
         store_n(out + i, function(load_n(full + i, valid), load_n(other + i, valid)), valid);
       });
     });
@@ -83,7 +83,7 @@ Status combine_full(const Call& call, const Broadcast& b, F function) {
                const float* x = full + row * b.inner;
                const float* y = other + row / b.middle * b.inner;
                float* z = out + row * b.inner;
-               for_vectors(0, b.inner, [&](int64_t i, int64_t valid) {
+               for_vectors(0, b.inner, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
                  store_n(z + i, function(load_n(x + i, valid), load_n(y + i, valid)), valid);
                });
              }
@@ -95,7 +95,7 @@ template <typename F>
 Status combine(const Call& call, F function) {
   const Broadcast b = describe(call);
   if (b.left_is_full) return combine_full(call, b, function);
-  return combine_full(call, b, [&](vf full, vf other) { return function(other, full); });
+  return combine_full(call, b, [&](vf full, vf other) POCKC_LAMBDA { return function(other, full); });
 }
 
 // NaN in either operand goes through.
@@ -110,10 +110,10 @@ POCKC_INLINE vf lesser_of(vf a, vf b) {
 
 }  // namespace
 
-#define POCKC_BINARY(op, expression)                                   \
-  bool accepts_##op(const Call& call) { return describe(call).valid; } \
-  Status run_##op(const Call& call) {                                  \
-    return combine(call, [](vf a, vf b) { return expression; });       \
+#define POCKC_BINARY(op, expression)                                          \
+  bool accepts_##op(const Call& call) { return describe(call).valid; }        \
+  Status run_##op(const Call& call) {                                         \
+    return combine(call, [](vf a, vf b) POCKC_LAMBDA { return expression; }); \
   }
 POCKC_BINARY(add, a + b)
 POCKC_BINARY(sub, a - b)

@@ -31,7 +31,7 @@ Status count_rows(const Tensor& labels, int64_t classes, int64_t ignore_index, i
 
 float row_sum(const float* x, int64_t n) {
   Lanes sum = Lanes::all(0);
-  for_lanes(n, [&](int j, int64_t i, int64_t valid) { sum.v[j] += load_n(x + i, valid); });
+  for_lanes(n, [&](int j, int64_t i, int64_t valid) POCKC_LAMBDA { sum.v[j] += load_n(x + i, valid); });
   return sum.sum();
 }
 
@@ -92,7 +92,7 @@ Status run_cross_entropy_grad(const Call& call) {
         continue;
       }
       const vf scale = splat(1.0f / row_exponentials(row, classes, row_max(row, classes), to));
-      for_vectors(0, classes, [&](int64_t c, int64_t valid) {
+      for_vectors(0, classes, [&](int64_t c, int64_t valid) POCKC_LAMBDA {
         const vf difference = fma(load_n(to + c, valid), scale, splat(-spread));
         store_n(to + c, difference * splat(factor), valid);
       });

@@ -12,8 +12,6 @@ namespace pockc {
 namespace POCKC_SIMD_NAMESPACE {
 namespace {
 
-constexpr int kTile = 6;  // outputs at once: 6 sums + 8 inputs + 1 weight fit 16 registers
-
 struct Row {
   int rows = 0;  // input rows that exist, with their weights
   const float* x[kMaxTaps];
@@ -36,13 +34,13 @@ POCKC_INLINE void finish(const Row& row, vf sum, int64_t i, int64_t c, int64_t v
   store_n(row.out + i * row.out_step + c, sum, valid);
 }
 
-// Output i, any taps, with a test per tap: image borders, and kernels without a fast path.
+// Output i, any taps, with a test per tap: kernels without a fast path.
 void single_output(const Row& row, int64_t i) {
   const int64_t position = i * row.step;
   int first = 0, end = row.taps;
   while (first < end && position + row.offset[first] < 0) ++first;
   while (end > first && position + row.offset[end - 1] >= row.width) --end;
-  for_vectors(0, row.channels, [&](int64_t c, int64_t valid) {
+  for_vectors(0, row.channels, [&](int64_t c, int64_t valid) POCKC_LAMBDA {
     vf sum = {};
     for (int r = 0; r < row.rows; ++r) {
       for (int s = first; s < end; ++s) {
@@ -54,46 +52,63 @@ void single_output(const Row& row, int64_t i) {
   });
 }
 
-// Outputs [i, i + kTile), all taps inside of the image.
-template <int Taps, int Step>
+// Outputs [i, i + Tile). Where Edge is set, inputs outside of the image count as zero and outputs past the
+// end of the row are not stored.
+template <int Taps, int Step, int Tile, bool Edge>
 POCKC_INLINE void tile_outputs(const Row& row, int64_t i) {
-  constexpr int kInputs = (kTile - 1) * Step + Taps;
-  const int64_t base = (i * Step + row.offset[0]) * row.channels;
-  for_vectors(0, row.channels, [&](int64_t c, int64_t valid) {
-    vf sum[kTile];
+  constexpr int kInputs = (Tile - 1) * Step + Taps;
+  const int64_t first = i * Step + row.offset[0];
+  const int64_t channels = row.channels, weight_step = row.weight_step, weight_start = row.weight[0];
+  const int rows = row.rows;
+  bool inside[kInputs];
+  for (int j = 0; j < kInputs; ++j) inside[j] = !Edge || (first + j >= 0 && first + j < row.width);
+  const int64_t stored = Edge ? minimum<int64_t>(Tile, row.count - i) : Tile;
+  for_vectors(0, channels, [&](int64_t c, int64_t valid) POCKC_LAMBDA {
+    vf sum[Tile];
     POCKC_UNROLL
-    for (int t = 0; t < kTile; ++t) sum[t] = vf{};
-    for (int r = 0; r < row.rows; ++r) {
-      const float* from = row.x[r] + base + c;
-      const float* w = row.w[r] + row.weight[0] + c;
+    for (int t = 0; t < Tile; ++t) sum[t] = vf{};
+    for (int r = 0; r < rows; ++r) {
+      const float* from = row.x[r] + first * channels + c;
+      const float* w = row.w[r] + weight_start + c;
       vf x[kInputs];
       POCKC_UNROLL
-      for (int j = 0; j < kInputs; ++j) x[j] = load_n(from + j * row.channels, valid);
+      for (int j = 0; j < kInputs; ++j) x[j] = !Edge || inside[j] ? load_n(from + j * channels, valid) : vf{};
       POCKC_UNROLL
       for (int s = 0; s < Taps; ++s) {
-        const vf weight = load_n(w + s * row.weight_step, valid);
+        const vf weight = load_n(w + s * weight_step, valid);
         POCKC_UNROLL
-        for (int t = 0; t < kTile; ++t) sum[t] = fma(x[t * Step + s], weight, sum[t]);
+        for (int t = 0; t < Tile; ++t) sum[t] = fma(x[t * Step + s], weight, sum[t]);
       }
     }
     POCKC_UNROLL
-    for (int t = 0; t < kTile; ++t) finish(row, sum[t], i + t, c, valid);
+    for (int t = 0; t < Tile; ++t) {
+      if (!Edge || t < stored) finish(row, sum[t], i + t, c, valid);
+    }
   });
 }
 
+template <int Taps, int Step, int Tile>
+void run_tiles(const Row& row) {
+  for (int64_t i = 0; i < row.count; i += Tile) {
+    const int64_t first = i * Step + row.offset[0];
+    if (first >= 0 && i + Tile <= row.count && first + (Tile - 1) * Step + Taps <= row.width) {
+      tile_outputs<Taps, Step, Tile, false>(row, i);
+    } else {
+      tile_outputs<Taps, Step, Tile, true>(row, i);
+    }
+  }
+}
+
+// The tile that wastes least: widths are mostly 7, 14, 28, ... or multiples of 4 and 6.
 template <int Taps, int Step>
 void run_row_fast(const Row& row) {
-  int64_t i = 0;
-  while (i < row.count) {
-    const int64_t first = i * Step + row.offset[0];
-    const bool inside =
-        first >= 0 && i + kTile <= row.count && first + (kTile - 1) * Step + Taps <= row.width;
-    if (inside) {
-      tile_outputs<Taps, Step>(row, i);
-      i += kTile;
-    } else {
-      single_output(row, i++);
-    }
+  const auto padded = [&](int64_t tile) { return round_up(row.count, tile); };
+  if (padded(7) <= padded(6) && padded(7) <= padded(4)) {
+    run_tiles<Taps, Step, 7>(row);
+  } else if (padded(6) <= padded(4)) {
+    run_tiles<Taps, Step, 6>(row);
+  } else {
+    run_tiles<Taps, Step, 4>(row);
   }
 }
 

@@ -33,7 +33,7 @@ POCKC_INLINE void add_row(const Convolution& conv, const RowPair& pair, int64_t 
   const int64_t low = minimum(conv.out_width, divide_up(maximum<int64_t>(conv.padding[2], 0), stride));
   const int64_t reach = conv.width - 1 + conv.padding[2] - (Taps - 1) * dilation;
   const int64_t high = reach < 0 ? low : maximum(low, minimum(conv.out_width, reach / stride + 1));
-  for_vectors(0, channels, [&](int64_t c, int64_t valid) {
+  for_vectors(0, channels, [&](int64_t c, int64_t valid) POCKC_LAMBDA {
     vf sum[Rows][Taps];
     POCKC_UNROLL
     for (int r = 0; r < Rows; ++r) {
@@ -101,7 +101,7 @@ void add_taps(const Convolution& conv, const RowPair& pair) {
     if (pair.x[r] == nullptr) continue;
     for (int64_t s = 0; s < conv.kernel_w; ++s) {
       float* sums = pair.sums + (r * conv.kernel_w + s) * channels;
-      for_vectors(0, channels, [&](int64_t c, int64_t valid) {
+      for_vectors(0, channels, [&](int64_t c, int64_t valid) POCKC_LAMBDA {
         vf sum = {};
         for (int64_t ow = 0; ow < conv.out_width; ++ow) {
           const int64_t w = ow * conv.stride[1] - conv.padding[2] + s * conv.dilation[1];

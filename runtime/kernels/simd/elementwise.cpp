@@ -19,8 +19,9 @@ Status map(const Call& call, F function) {
   const float* x = call.inputs[0].as<float>();
   float* out = call.outputs[0].as<float>();
   parallel(call, elements(call.outputs[0]), kElementGrain, [&](int64_t begin, int64_t end, int) {
-    for_vectors(begin, end,
-                [&](int64_t i, int64_t valid) { store_n(out + i, function(load_n(x + i, valid)), valid); });
+    for_vectors(begin, end, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
+      store_n(out + i, function(load_n(x + i, valid)), valid);
+    });
   });
   return PK_OK;
 }
@@ -31,7 +32,7 @@ Status map_gradient(const Call& call, F slope) {
   const float* x = call.inputs[1].as<float>();
   float* out = call.outputs[0].as<float>();
   parallel(call, elements(call.outputs[0]), kElementGrain, [&](int64_t begin, int64_t end, int) {
-    for_vectors(begin, end, [&](int64_t i, int64_t valid) {
+    for_vectors(begin, end, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
       store_n(out + i, load_n(ct + i, valid) * slope(load_n(x + i, valid)), valid);
     });
   });
@@ -40,10 +41,10 @@ Status map_gradient(const Call& call, F slope) {
 
 }  // namespace
 
-#define POCKC_UNARY(op, expression)                                \
-  bool accepts_##op(const Call& call) { return float_call(call); } \
-  Status run_##op(const Call& call) {                              \
-    return map(call, [](vf x) { return expression; });             \
+#define POCKC_UNARY(op, expression)                                 \
+  bool accepts_##op(const Call& call) { return float_call(call); }  \
+  Status run_##op(const Call& call) {                               \
+    return map(call, [](vf x) POCKC_LAMBDA { return expression; }); \
   }
 POCKC_UNARY(neg, -x)
 POCKC_UNARY(abs, absolute(x))
@@ -59,10 +60,10 @@ POCKC_UNARY(silu, silu(x))
 POCKC_UNARY(hardswish, hardswish(x))
 POCKC_UNARY(hardsigmoid, hardsigmoid(x))
 
-#define POCKC_GRADIENT(op, slope)                                  \
-  bool accepts_##op(const Call& call) { return float_call(call); } \
-  Status run_##op(const Call& call) {                              \
-    return map_gradient(call, [](vf x) { return slope; });         \
+#define POCKC_GRADIENT(op, slope)                                       \
+  bool accepts_##op(const Call& call) { return float_call(call); }      \
+  Status run_##op(const Call& call) {                                   \
+    return map_gradient(call, [](vf x) POCKC_LAMBDA { return slope; }); \
   }
 POCKC_GRADIENT(tanh_grad, fma(-x, x, splat(1.0f)))  // x is the output of tanh
 POCKC_GRADIENT(sigmoid_grad, x*(splat(1.0f) - x))   // x is the output of sigmoid
@@ -71,21 +72,22 @@ POCKC_GRADIENT(hardswish_grad, hardswish_slope(x))
 
 bool accepts_gelu(const Call& call) { return float_call(call); }
 Status run_gelu(const Call& call) {
-  if (Attributes(call).boolean()) return map(call, [](vf x) { return gelu_tanh(x); });
-  return map(call, [](vf x) { return gelu(x); });
+  if (Attributes(call).boolean()) return map(call, [](vf x) POCKC_LAMBDA { return gelu_tanh(x); });
+  return map(call, [](vf x) POCKC_LAMBDA { return gelu(x); });
 }
 
 bool accepts_gelu_grad(const Call& call) { return float_call(call); }
 Status run_gelu_grad(const Call& call) {
-  if (Attributes(call).boolean()) return map_gradient(call, [](vf x) { return gelu_tanh_slope(x); });
-  return map_gradient(call, [](vf x) { return gelu_slope(x); });
+  if (Attributes(call).boolean())
+    return map_gradient(call, [](vf x) POCKC_LAMBDA { return gelu_tanh_slope(x); });
+  return map_gradient(call, [](vf x) POCKC_LAMBDA { return gelu_slope(x); });
 }
 
 bool accepts_clip(const Call& call) { return float_call(call); }
 Status run_clip(const Call& call) {
   Attributes attributes(call);
   const vf low = splat(attributes.real()), high = splat(attributes.real());
-  return map(call, [=](vf x) { return clip(x, low, high); });
+  return map(call, [=](vf x) POCKC_LAMBDA { return clip(x, low, high); });
 }
 
 bool accepts_copy(const Call&) { return true; }

@@ -36,7 +36,8 @@ POCKC_INLINE const float* right_row(const RightMatrix& b, int64_t k) {
 
 // `columns` floats, then zeros up to a whole vector.
 POCKC_INLINE void copy_row(const float* from, int64_t columns, float* to) {
-  for_vectors(0, columns, [&](int64_t i, int64_t valid) { store(to + i, load_n(from + i, valid)); });
+  for_vectors(0, columns,
+              [&](int64_t i, int64_t valid) POCKC_LAMBDA { store(to + i, load_n(from + i, valid)); });
 }
 
 int64_t panel_width(int64_t columns) { return round_up(minimum<int64_t>(columns, kTileColumns), W); }

@@ -29,7 +29,7 @@ Status run_range_mask(const Call& call) {
   uint8_t* mask = call.outputs[0].as<uint8_t>();
   for_sixteens(call, elements(call.inputs[0]), [&](int64_t first, int64_t count) {
     uint32_t bits = 0;
-    for_vectors(first, first + count, [&](int64_t i, int64_t valid) {
+    for_vectors(first, first + count, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
       const vf v = load_n(x + i, valid);
       const vi above = any_low | (inclusive ? v >= splat(low) : v > splat(low));
       const vi below = any_high | (inclusive ? v <= splat(high) : v < splat(high));
@@ -52,7 +52,7 @@ Status run_apply_mask(const Call& call) {
   for_sixteens(call, elements(call.outputs[0]), [&](int64_t first, int64_t count) {
     uint32_t bits = mask[first / 8];
     if (count > 8) bits |= static_cast<uint32_t>(mask[first / 8 + 1]) << 8;
-    for_vectors(first, first + count, [&](int64_t i, int64_t valid) {
+    for_vectors(first, first + count, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
       const vf y = load_n(x + i, valid) * scale;
       store_n(out + i, select(lanes_of_bits(bits >> (i - first)), y, vf{}), valid);
     });

@@ -166,13 +166,14 @@ enum Activation : int64_t { kNone = 0, kClip = 1, kGelu = 2, kGeluTanh = 3, kSil
 // x[0, n) through a transcendental activation, in place.
 inline void activate(float* x, int64_t n, Activation activation) {
   const auto apply = [&](auto&& function) {
-    for_vectors(0, n,
-                [&](int64_t i, int64_t valid) { store_n(x + i, function(load_n(x + i, valid)), valid); });
+    for_vectors(0, n, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
+      store_n(x + i, function(load_n(x + i, valid)), valid);
+    });
   };
-  if (activation == kGelu) apply([](vf v) { return gelu(v); });
-  if (activation == kGeluTanh) apply([](vf v) { return gelu_tanh(v); });
-  if (activation == kSilu) apply([](vf v) { return silu(v); });
-  if (activation == kHardswish) apply([](vf v) { return hardswish(v); });
+  if (activation == kGelu) apply([](vf v) POCKC_LAMBDA { return gelu(v); });
+  if (activation == kGeluTanh) apply([](vf v) POCKC_LAMBDA { return gelu_tanh(v); });
+  if (activation == kSilu) apply([](vf v) POCKC_LAMBDA { return silu(v); });
+  if (activation == kHardswish) apply([](vf v) POCKC_LAMBDA { return hardswish(v); });
 }
 
 }  // namespace POCKC_SIMD_NAMESPACE

@@ -25,11 +25,11 @@ POCKC_INLINE Statistics statistics(const float* x, int64_t n, float epsilon) {
   float mean = 0;
   if (Centred) {
     Lanes sum = Lanes::all(0);
-    for_lanes(n, [&](int j, int64_t i, int64_t valid) { sum.v[j] += load_n(x + i, valid); });
+    for_lanes(n, [&](int j, int64_t i, int64_t valid) POCKC_LAMBDA { sum.v[j] += load_n(x + i, valid); });
     mean = sum.sum() / count;
   }
   Lanes squares = Lanes::all(0);
-  for_lanes(n, [&](int j, int64_t i, int64_t valid) {
+  for_lanes(n, [&](int j, int64_t i, int64_t valid) POCKC_LAMBDA {
     vf d = load_n(x + i, valid);
     if (Centred) d = d - splat(mean);
     if (valid < W) d = keep_first(d, valid, vf{});
@@ -63,7 +63,7 @@ Status forward(const Call& call) {
     for (int64_t row = begin; row < end; ++row) {
       const float* from = x + row * n;
       const Statistics s = statistics<Centred>(from, n, epsilon);
-      for_vectors(0, n, [&](int64_t i, int64_t valid) {
+      for_vectors(0, n, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
         vf v = (load_n(from + i, valid) - splat(s.mean)) * splat(s.scale);
         if (gamma != nullptr) v *= load_n(gamma + i, valid);
         if (beta != nullptr) v += load_n(beta + i, valid);
@@ -87,22 +87,22 @@ Status grad_input(const Call& call) {
       const float* from = x + row * n;
       const float* up = ct + row * n;
       const Statistics s = statistics<Centred>(from, n, epsilon);
-      const auto normalised = [&](int64_t i, int64_t valid) {
+      const auto normalised = [&](int64_t i, int64_t valid) POCKC_LAMBDA {
         return (load_n(from + i, valid) - splat(s.mean)) * splat(s.scale);
       };
-      const auto scaled = [&](int64_t i, int64_t valid) {
+      const auto scaled = [&](int64_t i, int64_t valid) POCKC_LAMBDA {
         const vf g = load_n(up + i, valid);
         return gamma == nullptr ? g : g * load_n(gamma + i, valid);
       };
       Lanes sum = Lanes::all(0), products = Lanes::all(0);
-      for_lanes(n, [&](int j, int64_t i, int64_t valid) {
+      for_lanes(n, [&](int j, int64_t i, int64_t valid) POCKC_LAMBDA {
         const vf g = scaled(i, valid);  // zero past the end
         sum.v[j] += g;
         products.v[j] = fma(g, normalised(i, valid), products.v[j]);
       });
       const vf mean = splat(Centred ? sum.sum() / static_cast<float>(n) : 0.0f);
       const vf slope = splat(-products.sum() / static_cast<float>(n));
-      for_vectors(0, n, [&](int64_t i, int64_t valid) {
+      for_vectors(0, n, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
         const vf d = fma(normalised(i, valid), slope, scaled(i, valid) - mean);
         store_n(dx + row * n + i, d * splat(s.scale), valid);
       });
@@ -130,7 +130,7 @@ Status grad_gamma(const Call& call) {
       for (int64_t row = rows * u / kUnits; row < rows * (u + 1) / kUnits; ++row) {
         const float* from = x + row * n;
         const Statistics s = statistics<Centred>(from, n, epsilon);
-        for_vectors(0, n, [&](int64_t i, int64_t valid) {
+        for_vectors(0, n, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
           const vf h = (load_n(from + i, valid) - splat(s.mean)) * splat(s.scale);
           store_n(sums + i, fma(load_n(ct + row * n + i, valid), h, load_n(sums + i, valid)), valid);
         });
@@ -138,7 +138,7 @@ Status grad_gamma(const Call& call) {
     }
   });
   float* out = call.outputs[0].as<float>();
-  for_vectors(0, n, [&](int64_t i, int64_t valid) {
+  for_vectors(0, n, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
     vf total = load_n(units + i, valid);
     for (int64_t u = 1; u < kUnits; ++u) total += load_n(units + u * pitch + i, valid);
     store_n(out + i, total, valid);

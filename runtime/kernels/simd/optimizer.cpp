@@ -65,7 +65,7 @@ Status run_sgd(const Call& call) {
   const float* g = call.inputs[1].as<float>();
   float* p = call.outputs[0].as<float>();
   return for_runs(call, 3, axis, [=](int64_t to, int64_t from, int64_t n) {
-    for_vectors(0, n, [&](int64_t i, int64_t valid) {
+    for_vectors(0, n, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
       const vf old = load_n(p + to + i, valid);
       const vf gradient = fma(decay, old, load_n(g + from + i, valid));
       store_n(p + to + i, fma(rate, gradient, old), valid);
@@ -89,7 +89,7 @@ Status run_momentum(const Call& call) {
   float* p = call.outputs[0].as<float>();
   float* new_m = call.outputs[1].as<float>();
   return for_runs(call, 5, axis, [=](int64_t to, int64_t from, int64_t n) {
-    for_vectors(0, n, [&](int64_t i, int64_t valid) {
+    for_vectors(0, n, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
       const vf old = load_n(p + to + i, valid);
       const vf gradient = fma(decay, old, load_n(g + from + i, valid));
       vf moved = gradient;
@@ -123,7 +123,7 @@ Status run_adam(const Call& call) {
   float* new_m = call.outputs[1].as<float>();
   float* new_v = call.outputs[2].as<float>();
   return for_runs(call, 6, axis, [=](int64_t to, int64_t from, int64_t n) {
-    for_vectors(0, n, [&](int64_t i, int64_t valid) {
+    for_vectors(0, n, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
       const vf old = load_n(p + to + i, valid) * shrink;
       const vf gradient = fma(l2, old, load_n(g + from + i, valid));
       const vf start = load_n(m + from + i, valid);
@@ -152,7 +152,7 @@ Status run_lion(const Call& call) {
   float* p = call.outputs[0].as<float>();
   float* new_m = call.outputs[1].as<float>();
   return for_runs(call, 4, axis, [=](int64_t to, int64_t from, int64_t n) {
-    for_vectors(0, n, [&](int64_t i, int64_t valid) {
+    for_vectors(0, n, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
       const vf gradient = load_n(g + from + i, valid);
       const vf slot = load_n(m + from + i, valid);
       const vf direction = keep1 * slot + take1 * gradient;        // two roundings: its sign decides

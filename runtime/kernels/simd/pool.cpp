@@ -118,7 +118,7 @@ Status run_max_pool2d(const Call& call) {
   for_rows(call, p, p.out_height, p.out_width, [&](int64_t n, int64_t oh) {
     for (int64_t ow = 0; ow < p.out_width; ++ow) {
       const int64_t out = ((n * p.out_height + oh) * p.out_width + ow) * p.channels;
-      for_vectors(0, p.channels, [&](int64_t c, int64_t valid) {
+      for_vectors(0, p.channels, [&](int64_t c, int64_t valid) POCKC_LAMBDA {
         vf most = splat(-kInfinity);
         vi index = {};
         bool first = true;
@@ -152,7 +152,7 @@ Status run_max_pool2d_grad(const Call& call) {
   for_rows(call, p, p.height, p.width, [&](int64_t n, int64_t h) {
     for (int64_t w = 0; w < p.width; ++w) {
       const int64_t out = ((n * p.height + h) * p.width + w) * p.channels;
-      for_vectors(0, p.channels, [&](int64_t c, int64_t valid) {
+      for_vectors(0, p.channels, [&](int64_t c, int64_t valid) POCKC_LAMBDA {
         vf sum = {};
         p.for_windows(n, h, w, [&](int64_t tap, int64_t, int64_t, int64_t pixel) {
           const vi chosen = load_bytes(indices + pixel + c, valid) == splat_int(static_cast<int32_t>(tap));
@@ -177,7 +177,7 @@ Status run_avg_pool2d(const Call& call) {
     for (int64_t ow = 0; ow < p.out_width; ++ow) {
       const vf weight = splat(p.weight(oh, ow));
       const int64_t out = ((n * p.out_height + oh) * p.out_width + ow) * p.channels;
-      for_vectors(0, p.channels, [&](int64_t c, int64_t valid) {
+      for_vectors(0, p.channels, [&](int64_t c, int64_t valid) POCKC_LAMBDA {
         vf sum = {};
         p.for_taps(n, oh, ow, [&](int64_t, int64_t pixel) { sum += load_n(x + pixel + c, valid); });
         store_n(y + out + c, sum * weight, valid);
@@ -203,7 +203,7 @@ Status run_avg_pool2d_grad(const Call& call) {
       zero_run(to, p.channels);
       p.for_windows(n, h, w, [&](int64_t, int64_t oh, int64_t ow, int64_t pixel) {
         const vf weight = splat(p.weight(oh, ow));
-        for_vectors(0, p.channels, [&](int64_t c, int64_t valid) {
+        for_vectors(0, p.channels, [&](int64_t c, int64_t valid) POCKC_LAMBDA {
           store_n(to + c, fma(load_n(ct + pixel + c, valid), weight, load_n(to + c, valid)), valid);
         });
       });

@@ -47,7 +47,7 @@ POCKC_INLINE float sum_row(const float* x, int64_t n, F term) {
   for (int64_t i = 0; i < n; i += kBlockElements) {
     Lanes sum = Lanes::all(0);
     const float* block = x + i;
-    for_lanes(minimum(kBlockElements, n - i), [&](int j, int64_t at, int64_t valid) {
+    for_lanes(minimum(kBlockElements, n - i), [&](int j, int64_t at, int64_t valid) POCKC_LAMBDA {
       sum.v[j] = term(load_n(block + at, valid), sum.v[j]);
     });
     total += sum.sum();
@@ -64,7 +64,9 @@ Status reduce(const Call& call, bool mean) {
     parallel(
         call, r.outer, maximum<int64_t>(1, kElementGrain / r.length), [&](int64_t begin, int64_t end, int) {
           for (int64_t row = begin; row < end; ++row) {
-            out[row] = sum_row(x + row * r.length, r.length, [](vf v, vf sum) { return sum + v; }) / divisor;
+            out[row] =
+                sum_row(x + row * r.length, r.length, [](vf v, vf sum) POCKC_LAMBDA { return sum + v; }) /
+                divisor;
           }
         });
     return PK_OK;
@@ -80,11 +82,11 @@ Status reduce(const Call& call, bool mean) {
       const int64_t c1 = minimum(r.inner, (stop - o * groups) * kColumnGroup);
       const float* matrix = x + o * r.length * r.inner;
       float* sums = out + o * r.inner;
-      sum_columns(r.length, c0, c1, sums, [&](int64_t row, int64_t c, int64_t valid, vf sum) {
+      sum_columns(r.length, c0, c1, sums, [&](int64_t row, int64_t c, int64_t valid, vf sum) POCKC_LAMBDA {
         return sum + load_n(matrix + row * r.inner + c, valid);
       });
       if (mean) {
-        for_vectors(c0, c1, [&](int64_t c, int64_t valid) {
+        for_vectors(c0, c1, [&](int64_t c, int64_t valid) POCKC_LAMBDA {
           store_n(sums + c, load_n(sums + c, valid) / splat(divisor), valid);
         });
       }
@@ -104,7 +106,7 @@ Status run_reduce_mean(const Call& call) { return reduce(call, true); }
 bool accepts_sum_squares(const Call& call) { return is_f32(call.inputs[0]); }
 Status run_sum_squares(const Call& call) {
   *call.outputs[0].as<float>() = sum_row(call.inputs[0].as<float>(), elements(call.inputs[0]),
-                                         [](vf v, vf sum) { return fma(v, v, sum); });
+                                         [](vf v, vf sum) POCKC_LAMBDA { return fma(v, v, sum); });
   return PK_OK;
 }
 

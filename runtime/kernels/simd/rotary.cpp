@@ -39,7 +39,7 @@ Status run_rotary(const Call& call) {
                const float* sin = call.inputs[2].as<float>() + table_row(call.inputs[2], b, h, t);
                const float* from = x.as<float>() + row * depth;
                float* to = call.outputs[0].as<float>() + row * depth;
-               for_vectors(0, half, [&](int64_t i, int64_t valid) {
+               for_vectors(0, half, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
                  const vf x1 = load_n(from + i, valid), x2 = load_n(from + half + i, valid);
                  const vf sin1 = load_n(sin + i, valid), sin2 = load_n(sin + half + i, valid);
                  const vf a1 = x1 * load_n(cos + i, valid), a2 = x2 * load_n(cos + half + i, valid);

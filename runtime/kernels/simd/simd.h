@@ -24,6 +24,8 @@
 #endif
 
 #define POCKC_INLINE inline __attribute__((always_inline))
+// On the inner lambdas: a call that is not inlined would test `valid` at every load.
+#define POCKC_LAMBDA __attribute__((always_inline))
 #define POCKC_UNROLL _Pragma("GCC unroll 32")
 
 namespace pockc {

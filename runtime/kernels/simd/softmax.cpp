@@ -29,7 +29,9 @@ Status run_softmax(const Call& call) {
     const float* x = call.inputs[0].as<float>() + at;
     float* y = call.outputs[0].as<float>() + at;
     const vf scale = splat(1.0f / row_exponentials(x, n, row_max(x, n), y));
-    for_vectors(0, n, [&](int64_t i, int64_t valid) { store_n(y + i, load_n(y + i, valid) * scale, valid); });
+    for_vectors(0, n, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
+      store_n(y + i, load_n(y + i, valid) * scale, valid);
+    });
   });
 }
 
@@ -40,7 +42,7 @@ Status run_log_softmax(const Call& call) {
     float* y = call.outputs[0].as<float>() + at;
     const float shift = row_max(x, n);
     const vf log_sum = splat(scalar_log(row_exponentials(x, n, shift, nullptr)));
-    for_vectors(0, n, [&](int64_t i, int64_t valid) {
+    for_vectors(0, n, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
       store_n(y + i, load_n(x + i, valid) - splat(shift) - log_sum, valid);
     });
   });
@@ -53,11 +55,10 @@ Status run_softmax_grad(const Call& call) {
     const float* y = call.inputs[1].as<float>() + at;
     float* out = call.outputs[0].as<float>() + at;
     Lanes sum = Lanes::all(0);
-    for_lanes(n, [&](int j, int64_t i, int64_t valid) {
-      sum.v[j] = fma(load_n(ct + i, valid), load_n(y + i, valid), sum.v[j]);
-    });
+    for_lanes(n, [&](int j, int64_t i, int64_t valid)
+                     POCKC_LAMBDA { sum.v[j] = fma(load_n(ct + i, valid), load_n(y + i, valid), sum.v[j]); });
     const vf total = splat(sum.sum());
-    for_vectors(0, n, [&](int64_t i, int64_t valid) {
+    for_vectors(0, n, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
       store_n(out + i, load_n(y + i, valid) * (load_n(ct + i, valid) - total), valid);
     });
   });
@@ -70,9 +71,9 @@ Status run_log_softmax_grad(const Call& call) {
     const float* y = call.inputs[1].as<float>() + at;
     float* out = call.outputs[0].as<float>() + at;
     Lanes sum = Lanes::all(0);
-    for_lanes(n, [&](int j, int64_t i, int64_t valid) { sum.v[j] += load_n(ct + i, valid); });
+    for_lanes(n, [&](int j, int64_t i, int64_t valid) POCKC_LAMBDA { sum.v[j] += load_n(ct + i, valid); });
     const vf total = splat(-sum.sum());
-    for_vectors(0, n, [&](int64_t i, int64_t valid) {
+    for_vectors(0, n, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
       store_n(out + i, fma(exponential(load_n(y + i, valid)), total, load_n(ct + i, valid)), valid);
     });
   });

@@ -13,16 +13,15 @@ POCKC_INLINE vf load_or(const float* x, int64_t valid, float rest) {
 
 POCKC_INLINE float row_max(const float* x, int64_t n) {
   Lanes most = Lanes::all(-kInfinity);
-  for_lanes(n, [&](int j, int64_t i, int64_t valid) {
-    most.v[j] = larger(load_or(x + i, valid, -kInfinity), most.v[j]);
-  });
+  for_lanes(n, [&](int j, int64_t i, int64_t valid)
+                   POCKC_LAMBDA { most.v[j] = larger(load_or(x + i, valid, -kInfinity), most.v[j]); });
   return most.max();
 }
 
 // Sum of e^(x - shift); where `y` is given, the terms are stored there (it may be x).
 POCKC_INLINE float row_exponentials(const float* x, int64_t n, float shift, float* y) {
   Lanes sum = Lanes::all(0);
-  for_lanes(n, [&](int j, int64_t i, int64_t valid) {
+  for_lanes(n, [&](int j, int64_t i, int64_t valid) POCKC_LAMBDA {
     const vf e = exponential(load_or(x + i, valid, -kInfinity) - splat(shift));
     if (y != nullptr) store_n(y + i, e, valid);
     sum.v[j] += valid == W ? e : keep_first(e, valid, vf{});
