@@ -143,7 +143,7 @@ def test_dropout_is_on_while_training_and_off_in_inference(tmp_path: Path) -> No
         losses = {session.train_step(**IMAGES, labels=labels) for _ in range(4)}
         assert len(losses) == 4, "every step draws another mask"
         expected = model.eval()(IMAGES["pixel_values"]).detach().numpy()
-        np.testing.assert_allclose(session.infer(**IMAGES), expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(np.asarray(session.infer(**IMAGES)), expected, rtol=1e-4, atol=1e-5)
 
 
 RESUME = """
@@ -166,7 +166,7 @@ def test_ten_steps_equal_five_a_save_a_new_process_and_five_more_to_the_last_bit
     file = tmp_path / "m.pock"
     pockc.build(ConvNet(dropout=0.3).train(), IMAGES, optimizer=optimizer, batchnorm="train").save(file)
     random = np.random.default_rng(0)
-    batches = {f"x{i}": random.standard_normal((4, 3, 12, 12)).astype(np.float32) for i in range(10)}
+    batches: dict[str, Any] = {f"x{i}": random.standard_normal((4, 3, 12, 12)).astype(np.float32) for i in range(10)}
     batches |= {f"y{i}": random.integers(0, 5, 4) for i in range(10)}
     np.savez(tmp_path / "batches.npz", **batches)
     with pockc.Session(file) as straight, pockc.Session(file) as halfway:
