@@ -1,11 +1,11 @@
 /* pockc runtime: load a compiled training program and run its steps. C ABI.
  *
- * Conventions: every function that can fail returns a pk_status; results come through `out_` parameters, last.
- * Handles are opaque. Strings are UTF-8 and NUL-terminated. Nothing is allocated after pk_session_create, except by
- * pk_session_save and pk_session_load, which use a small buffer of their own.
+ * Conventions: every function that can fail returns a pk_status; results come through `out_` parameters,
+ * last. Handles are opaque. Strings are UTF-8 and NUL-terminated. Nothing is allocated after
+ * pk_session_create, except by pk_session_save and pk_session_load, which use a small buffer of their own.
  *
- * Threads: a pk_program is immutable and may be shared between threads. A pk_session is thread-compatible: one thread
- * at a time. pk_last_error is per thread.
+ * Threads: a pk_program is immutable and may be shared between threads. A pk_session is thread-compatible:
+ * one thread at a time. pk_last_error is per thread.
  */
 #ifndef POCKC_RUNTIME_H_
 #define POCKC_RUNTIME_H_
@@ -67,7 +67,8 @@ typedef enum pk_role { PK_INPUT = 0, PK_OUTPUT = 1, PK_STATE = 2 } pk_role;
 
 PK_API const char* pk_version(void);
 PK_API const char* pk_status_string(pk_status status);
-/* One sentence about the last failure on this thread; valid until the next call on this thread. Never null. */
+/* One sentence about the last failure on this thread; valid until the next call on this thread. Never null.
+ */
 PK_API const char* pk_last_error(void);
 
 /* Maps and checks a .pock file. The caller owns the program and frees it after every session over it. */
@@ -75,8 +76,8 @@ PK_API pk_status pk_program_load(const char* path, pk_program** out_program);
 PK_API void pk_program_free(pk_program* program);
 /* The metadata section: JSON text, owned by the program. */
 PK_API const char* pk_program_metadata(const pk_program* program);
-/* The index-th input or output of an entry, or the index-th state (entry ignored): its name (owned by the program)
- * and its dtype and shape (user's layout; data null). PK_NOT_FOUND past the end. */
+/* The index-th input or output of an entry, or the index-th state (entry ignored): its name (owned by the
+ * program) and its dtype and shape (user's layout; data null). PK_NOT_FOUND past the end. */
 PK_API pk_status pk_program_tensor(const pk_program* program, const char* entry, pk_role role, int32_t index,
                                    const char** out_name, pk_tensor* out_tensor);
 
@@ -84,18 +85,21 @@ PK_API pk_status pk_program_tensor(const pk_program* program, const char* entry,
 PK_API pk_status pk_session_create(const pk_program* program, const pk_session_options* options,
                                    pk_session** out_session);
 PK_API void pk_session_free(pk_session* session);
-/* Runs one entry. `inputs` are copied in first, matched by name, all must be there; `outputs` are copied out last,
- * any subset of the entry's outputs. With gradient accumulation, "train_step" takes care of the micro-step. */
+/* Runs one entry. `inputs` are copied in first, matched by name, all must be there; `outputs` are copied out
+ * last, any subset of the entry's outputs. With gradient accumulation, "train_step" takes care of the
+ * micro-step. */
 PK_API pk_status pk_session_run(pk_session* session, const char* entry, const char* const* input_names,
                                 const pk_tensor* inputs, int32_t input_count, const char* const* output_names,
                                 const pk_tensor* outputs, int32_t output_count);
-/* Copies one state out of or into the session, in the user's layout. Frozen states can be read, not written. */
+/* Copies one state out of or into the session, in the user's layout. Frozen states can be read, not written.
+ */
 PK_API pk_status pk_session_read_state(pk_session* session, const char* name, pk_tensor* out_tensor);
 PK_API pk_status pk_session_write_state(pk_session* session, const char* name, const pk_tensor* tensor);
-/* Crash-safe safetensors checkpoint of every mutable state. `cursor_json` (may be null) is stored with it and given
- * back by load: the caller's position in its data. After a failed save the previous file is intact. */
+/* Crash-safe safetensors checkpoint of every mutable state. `cursor_json` (may be null) is stored with it and
+ * given back by load: the caller's position in its data. After a failed save the previous file is intact. */
 PK_API pk_status pk_session_save(pk_session* session, const char* path, const char* cursor_json);
-/* `out_cursor_json` (may be null) is owned by the session until its next load. A refused file changes nothing. */
+/* `out_cursor_json` (may be null) is owned by the session until its next load. A refused file changes
+ * nothing. */
 PK_API pk_status pk_session_load(pk_session* session, const char* path, const char** out_cursor_json);
 PK_API pk_status pk_session_memory(const pk_session* session, pk_memory* out_memory);
 
