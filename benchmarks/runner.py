@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 
 from pockc import abi
 
+# The `pockc` command of this very environment, whichever folder its scripts are in.
+POCKC = (sys.executable, "-c", "from pockc.cli import main; main()")
+
 
 class RunError(RuntimeError):
     """A program ended with an error, which this message has or which it has printed."""
@@ -37,8 +40,7 @@ def infer(model: Path, data: Path, output: Path, **options: Any) -> dict[str, ND
 
 def export(model: Path, checkpoint: Path, output: Path) -> Path:
     """`pockc export`: the tuned weights as safetensors, under their original names."""
-    command = [str(Path(sys.executable).with_name("pockc")), "export", str(model)]
-    command += ["--checkpoint", str(checkpoint), "-o", str(output)]
+    command = [*POCKC, "export", str(model), "--checkpoint", str(checkpoint), "-o", str(output)]
     _check(subprocess.run(command, check=False, text=True, capture_output=True))
     return output
 

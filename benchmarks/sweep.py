@@ -23,7 +23,7 @@ GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
     "vision": {
         "head": (1e-3, 3e-3, 1e-2, 3e-2),
         "bias-only": (1e-3, 3e-3, 1e-2, 3e-2),
-        "sparse": (3e-4, 1e-3, 2e-3, 4e-3),
+        "sparse": (1e-3, 2e-3, 4e-3, 8e-3),
         "full": (1e-4, 3e-4, 6e-4, 1e-3),
     },
     "text": {

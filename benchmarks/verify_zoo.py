@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import pockc
-from benchmarks import report, zoo
+from benchmarks import report, runner, zoo
 from pockc.parity import LOSS_TOLERANCE, TENSOR_TOLERANCE, Parity, verify_against_torch
 
 SCHEMES = ("full", "bias-only", "sparse")
@@ -167,7 +167,7 @@ def time_build(name: str) -> float:
     """Wall seconds of `pockc build` on a zoo model at its default size."""
     with tempfile.TemporaryDirectory(prefix="pockc-zoo-") as folder:
         command = [
-            str(Path(sys.executable).with_name("pockc")),
+            *runner.POCKC,
             "build",
             f"{report.ROOT}/benchmarks/zoo.py:{name}",
             "-o",
