@@ -45,6 +45,7 @@ void run_phase(const Call& call, const Convolution& c, int64_t group, int64_t ph
   const int64_t out = c.group_out();
   Patches p;
   p.image = call.inputs[0].as<float>() + group * out;
+  p.end = call.inputs[0].as<float>() + elements(call.inputs[0]);
   p.height = c.out_height, p.width = c.out_width, p.pitch = c.out_channels, p.channels = out;
   p.grid_height = divide_up(c.height - phase_h, c.stride[0]);
   p.grid_width = divide_up(c.width - phase_w, c.stride[1]);

@@ -40,7 +40,8 @@ struct Convolution {
   // The patches that the outputs of one group read from x.
   Patches patches(const float* x, int64_t group) const {
     Patches p;
-    p.image = x == nullptr ? nullptr : x + group * group_in();
+    p.image = x + group * group_in();
+    p.end = x + batch * height * width * channels;
     p.height = height, p.width = width, p.pitch = channels, p.channels = group_in();
     p.grid_height = out_height, p.grid_width = out_width;
     p.step_h = stride[0], p.step_w = stride[1];

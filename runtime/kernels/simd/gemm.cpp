@@ -55,10 +55,11 @@ void pack_panel(const RightMatrix& b, int64_t k0, int64_t depth, int64_t n0, int
 
 // Patches are written row by row, and a row spans all panels of the block.
 void pack_patches(const Patches& patches, int64_t k0, int64_t depth, int64_t n0, int64_t columns, float* to) {
-  alignas(64) float row[kColumns];
+  alignas(64) float row[kColumns + kOverrun];
   GridPosition at(patches, k0);
+  const PatchColumn first(patches, n0);
   for (int64_t k = 0; k < depth; ++k, at.next(patches)) {
-    copy_patch(patches, at, n0, columns, row);
+    copy_patch(patches, at, first, columns, row);
     for (int64_t n = 0; n < columns; n += kTileColumns) {
       const int64_t width = panel_width(columns - n);
       copy_row(row + n, minimum<int64_t>(columns - n, kTileColumns), to + n * depth + k * width);
@@ -82,8 +83,9 @@ LeftPanel prepare_left(const LeftMatrix& a, int64_t m0, int rows, int64_t k0, in
   const int64_t stride = depth + kPadding;
   if (a.patches != nullptr) {
     GridPosition at(*a.patches, m0);
+    const PatchColumn first(*a.patches, k0);
     for (int i = 0; i < rows; ++i, at.next(*a.patches))
-      copy_patch(*a.patches, at, k0, depth, copy + i * stride);
+      copy_patch(*a.patches, at, first, depth, copy + i * stride);
     return {copy, stride, true};
   }
   if (!a.transposed) {

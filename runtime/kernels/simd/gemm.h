@@ -22,7 +22,8 @@ namespace POCKC_SIMD_NAMESPACE {
 constexpr int64_t kDepth = 256;    // part of the result's definition: the same everywhere
 constexpr int64_t kColumns = 384;  // a multiple of every tile width; kDepth x kColumns floats are 384 KiB
 constexpr int kMaxRows = 16;       // no tile has more rows
-constexpr int64_t kPadding = 16;   // floats between copied rows of A, against cache set conflicts
+constexpr int64_t kPadding =
+    16;  // floats after each copied row of A: against cache set conflicts, and for kOverrun
 
 struct LeftMatrix {
   const float* data = nullptr;

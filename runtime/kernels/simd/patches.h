@@ -14,6 +14,7 @@ constexpr int kMaxTaps = 32;  // per axis
 
 struct Patches {
   const float* image = nullptr;  // at the first channel of the group
+  const float* end = nullptr;    // of the whole tensor: a run may be read past its own end, not past this
   int64_t height = 0, width = 0;
   int64_t pitch = 0;     // floats from one pixel to the next: all channels
   int64_t channels = 0;  // of the group
@@ -49,31 +50,52 @@ struct GridPosition {
 POCKC_INLINE void copy_run(float* to, const float* from, int64_t n) {
   int64_t i = 0;
   for (; i + W <= n; i += W) store(to + i, load(from + i));
-  for (; i < n; ++i) to[i] = from[i];
+  if (i < n) store_partial(to + i, load_partial(from + i, n - i), n - i);
 }
 POCKC_INLINE void zero_run(float* to, int64_t n) {
   int64_t i = 0;
   for (; i + W <= n; i += W) store(to + i, vf{});
-  for (; i < n; ++i) to[i] = 0;
+  if (i < n) store_partial(to + i, vf{}, n - i);
 }
 
-// Columns [k0, k0 + count) of the row at `at`.
-inline void copy_patch(const Patches& p, const GridPosition& at, int64_t k0, int64_t count, float* to) {
+// The same where up to W - 1 floats past the end may be overwritten: whole loads and stores are quicker than
+// partial ones, and runs are short where the image has few channels. Nothing is read at or past `limit`.
+constexpr int64_t kOverrun = 16;
+POCKC_INLINE void copy_run_loosely(float* to, const float* from, int64_t n, const float* limit) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(to + i, load(from + i));
+  if (i < n) store(to + i, limit - (from + i) >= W ? load(from + i) : load_partial(from + i, n - i));
+}
+POCKC_INLINE void zero_run_loosely(float* to, int64_t n) {
+  for (int64_t i = 0; i < n; i += W) store(to + i, vf{});
+}
+
+// Where a column lies: its tap row, and the place within it. The same for every patch, so found once.
+struct PatchColumn {
+  int64_t r, inside;
+
+  PatchColumn(const Patches& p, int64_t k)
+      : r(k / (p.channels * p.taps_w)), inside(k - r * p.channels * p.taps_w) {}
+};
+
+// `count` columns, from `first` on, of the row at `at`. Up to kOverrun floats past them are overwritten.
+inline void copy_patch(const Patches& p, const GridPosition& at, PatchColumn first, int64_t count,
+                       float* to) {
   const int64_t row_depth = p.channels * p.taps_w;
   const int64_t x0 = at.w * p.step_w;
   const bool joined = p.rows_join && x0 + p.tap_w[0] >= 0 && x0 + p.tap_w[p.taps_w - 1] < p.width;
-  int64_t r = k0 / row_depth;
-  int64_t inside = k0 - r * row_depth;  // place in the tap row
+  int64_t r = first.r;
+  int64_t inside = first.inside;
   while (count > 0) {
     const int64_t y = at.h * p.step_h + p.tap_h[r];
     const float* line = p.image + (at.n * p.height + y) * p.width * p.pitch;
     const int64_t row_end = minimum(row_depth, inside + count);
     count -= row_end - inside;
     if (y < 0 || y >= p.height) {
-      zero_run(to, row_end - inside);
+      zero_run_loosely(to, row_end - inside);
       to += row_end - inside;
     } else if (joined) {
-      copy_run(to, line + (x0 + p.tap_w[0]) * p.pitch + inside, row_end - inside);
+      copy_run_loosely(to, line + (x0 + p.tap_w[0]) * p.pitch + inside, row_end - inside, p.end);
       to += row_end - inside;
     } else {
       int64_t s = inside / p.channels;
@@ -82,9 +104,9 @@ inline void copy_patch(const Patches& p, const GridPosition& at, int64_t k0, int
         const int64_t run = minimum(left, p.channels - c);
         const int64_t x = x0 + p.tap_w[s];
         if (x < 0 || x >= p.width) {
-          zero_run(to, run);
+          zero_run_loosely(to, run);
         } else {
-          copy_run(to, line + x * p.pitch + c, run);
+          copy_run_loosely(to, line + x * p.pitch + c, run, p.end);
         }
         to += run;
         left -= run;

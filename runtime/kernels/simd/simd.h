@@ -101,10 +101,19 @@ POCKC_INLINE vf square_root(vf x) {
 #endif
 }
 
+// All ones in the first n lanes.
+POCKC_INLINE vi first_lanes(int64_t n) {
+  vi lane;
+  for (int i = 0; i < W; ++i) lane[i] = i;
+  return lane < splat_int(static_cast<int32_t>(n));
+}
+
 // The first n < W lanes; the others are zero.
 POCKC_INLINE vf load_partial(const float* p, int64_t n) {
 #if defined(__AVX512F__)
   return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+#elif defined(__AVX2__)
+  return _mm256_maskload_ps(p, reinterpret_cast<__m256i>(first_lanes(n)));
 #else
   vf x = {};
   for (int64_t i = 0; i < n; ++i) x[i] = p[i];
@@ -114,6 +123,8 @@ POCKC_INLINE vf load_partial(const float* p, int64_t n) {
 POCKC_INLINE void store_partial(float* p, vf x, int64_t n) {
 #if defined(__AVX512F__)
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), x);
+#elif defined(__AVX2__)
+  _mm256_maskstore_ps(p, reinterpret_cast<__m256i>(first_lanes(n)), x);
 #else
   for (int64_t i = 0; i < n; ++i) p[i] = x[i];
 #endif
@@ -144,11 +155,7 @@ POCKC_INLINE void store_n(float* p, vf x, int64_t n) {
 }
 
 // x with the lanes from `valid` on replaced.
-POCKC_INLINE vf keep_first(vf x, int64_t valid, vf rest) {
-  vi lane;
-  for (int i = 0; i < W; ++i) lane[i] = i;
-  return select(lane < splat_int(static_cast<int32_t>(valid)), x, rest);
-}
+POCKC_INLINE vf keep_first(vf x, int64_t valid, vf rest) { return select(first_lanes(valid), x, rest); }
 
 // Sixteen partial sums, whatever the vector width.
 constexpr int kLanes = 16;
