@@ -131,9 +131,9 @@ class _Tables:
         self.unread = [n for n, (_, s) in known.items() if n not in self.states and s.kind in ("parameter", "buffer")]
 
     def omitted(self) -> list[str]:
-        """Original parameters and buffers that no entry reads, because a constant was computed from them."""
-        parameters = [name for name in self.program.metadata.get("parameters", {}) if name not in self.states]
-        return list(dict.fromkeys([*parameters, *self.unread]))
+        """Original parameters and buffers that no entry reads: the model ignores them, or a constant was computed."""
+        originals = (*self.program.metadata.get("parameters", {}), *self.program.metadata.get("buffers", ()))
+        return list(dict.fromkeys([*(name for name in originals if name not in self.states), *self.unread]))
 
     def signature(self) -> bytes:
         """Names, dtypes and shapes of the states: what a checkpoint must agree with."""

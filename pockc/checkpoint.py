@@ -50,21 +50,23 @@ def export(
 ) -> list[str]:
     """Write parameters and buffers under their original names to a safetensors file that the model loads.
 
-    Trained ones come from the checkpoint (or have their initial values), frozen ones from the program; those that the
-    build folded into constants come from ``base``, the model's original weights, or are left out. Tied tensors are
-    written under each of their names.
+    Trained ones come from the checkpoint (or have their initial values), frozen ones from the program; those that no
+    entry of the program reads as they are (the build folded them into constants) come from ``base``, the model's
+    original weights, or are left out. Tied tensors are written under each of their names. With the model's own
+    ``state_dict`` as ``base`` the file loads strictly.
 
     Returns:
-        The names of parameters that the file lacks.
+        The names of parameters and buffers that the model has and the file lacks.
 
     Raises:
         UserError: a file is missing or corrupt, or the checkpoint is of another program.
     """
     artifact = read(program)
-    aliases: Mapping[str, str] = artifact.metadata.get("aliases", {})
     tensors = _parse(base, _file_bytes(base)) if base else {}
-    own = {s.name: artifact.contents(s) for s in artifact.states if s.kind in ("parameter", "buffer")}
-    own = {name: array for name, array in own.items() if not name.startswith("pockc.")}
+    metadata = artifact.metadata
+    aliases: Mapping[str, str] = metadata.get("aliases", {})
+    stored = {*metadata.get("parameters", ()), *metadata.get("buffers", ())}  # others the model makes by itself
+    own = {state.name: artifact.contents(state) for state in artifact.states if state.name in stored}
     if checkpoint:
         tuned = read_checkpoint(checkpoint, artifact)
         own |= {name: tuned[name] for name in own if name in tuned}
@@ -78,7 +80,7 @@ def export(
     tensors |= {other: tensors[name] for other, name in aliases.items() if name in tensors}
     contiguous = {name: array.copy(order="C") for name, array in tensors.items()}
     write_atomically(Path(output), [save_bytes(contiguous, metadata={"format": "pt"})])
-    return [name for name in artifact.metadata.get("omitted", ()) if name not in tensors]
+    return [name for name in metadata.get("omitted", ()) if name in stored and name not in tensors]
 
 
 def _file_bytes(path: str | Path) -> bytes:

@@ -104,10 +104,10 @@ def verify_against_torch(
         file = Path(folder, "model.pock")
         program.save(file)
         examples = named_arrays(model, example_inputs)
-        batches = list(_batches(examples, read(file).entries, loss, steps * accumulation, seed))
-        zero = reference.zero_gradients(batches[0])
+        given = list(batches(examples, read(file).entries, loss, steps * accumulation, seed))
+        zero = reference.zero_gradients(given[0])
         with Session(file, threads, reference_kernels=reference_kernels) as session:
-            losses = [(session.train_step(**batch), reference.train_step(batch)) for batch in batches]
+            losses = [(session.train_step(**batch), reference.train_step(batch)) for batch in given]
             ours = session.parameters()
     theirs = reference.arrays()
     errors = [_tensor_error(name, ours, theirs, initial, name in zero) for name in theirs]
@@ -124,9 +124,10 @@ def _tensor_error(
     return TensorError(name, error if np.isfinite(error) else float("inf"), change, zero)
 
 
-def _batches(
+def batches(
     examples: Mapping[str, Array], entries: Mapping[str, Entry], loss: Any, count: int, seed: int
 ) -> Iterator[dict[str, Array]]:
+    """Seeded batches like the example inputs, with labels of their own where ``loss`` names one."""
     random = np.random.default_rng(seed)
     rows = max((array.shape[0] for array in examples.values() if array.ndim), default=1)
     for _ in range(count):

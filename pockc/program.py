@@ -29,11 +29,18 @@ class Program:
     accumulation: int
     metadata: Mapping[str, Any]
 
-    def save(self, path: str | Path) -> None:
-        """Write the .pock file, replacing an old one only when the new one is complete."""
-        from pockc.artifact import write  # the writer depends on the program, not the program on the writer
+    def save(self, path: str | Path, *, golden: Mapping[str, Any] | None = None) -> None:
+        """Write the .pock file, replacing an old one only when the new one is complete.
 
-        write(self, path)
+        Args:
+            path: Where to.
+            golden: Example inputs by name. If given, the file also holds inputs like them with the outputs that each
+                entry must make of them, for ``pock-run selftest``. That runs each entry once.
+        """
+        from pockc.artifact import write  # the writer depends on the program, not the program on the writer
+        from pockc.golden import golden_vectors
+
+        write(self, path, golden=golden_vectors(self, golden) if golden is not None else b"")
 
     def text(self, entry: str = "train_step") -> str:
         """The text IR of one entry."""

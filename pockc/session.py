@@ -213,7 +213,7 @@ class Session:
             return self._states[name]
         if name in self.metadata.get("aliases", {}):
             raise UserError(f"{name} is tied", instead=f"Ask for {self.metadata['aliases'][name]}.")
-        folded = " (it was folded into a constant)" if name in self.metadata.get("omitted", ()) else ""
+        folded = " (no entry reads it as it is)" if name in self.metadata.get("omitted", ()) else ""
         raise UserError(f"the program has no state {name!r}{folded}", instead=near_names(name, self._states))
 
 
