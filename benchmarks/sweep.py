@@ -27,10 +27,10 @@ GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
         "full": (1e-4, 3e-4, 6e-4, 1e-3),
     },
     "text": {
-        "head": (1e-3, 3e-3, 1e-2, 3e-2),
-        "bias-only": (1e-3, 3e-3, 1e-2, 3e-2),
-        "sparse": (1e-4, 3e-4, 6e-4, 1e-3),
-        "full": (3e-5, 1e-4, 2e-4, 4e-4),
+        "head": (3e-3, 1e-2, 3e-2),
+        "bias-only": (3e-3, 1e-2, 3e-2),
+        "sparse": (2e-4, 5e-4, 1e-3, 2e-3),
+        "full": (1e-4, 2e-4, 5e-4),
     },
 }
 

@@ -87,7 +87,7 @@ def pixels(images: NDArray[np.uint8], size: int) -> NDArray[np.float32]:
 
 
 def text(
-    train_size: int = 3200, test_size: int = 1600, length: int = 24, batch_size: int = 16, epochs: int = 3
+    train_size: int = 1600, test_size: int = 1600, length: int = 24, batch_size: int = 16, epochs: int = 3
 ) -> Task:
     """MiniLM-L6 on the six question types of TREC.
 

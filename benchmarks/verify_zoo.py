@@ -26,7 +26,7 @@ FRAGMENTATION_LIMIT = 1.05
 
 # Steps that change the weights well beyond rounding, yet keep a random network from diverging on random labels.
 OPTIMIZERS: dict[str, pockc.Optimizer] = {
-    "adamw": pockc.AdamW(lr=1e-4),
+    "adamw": pockc.AdamW(lr=1e-3),
     "sgd": pockc.SGD(lr=1e-3, momentum=0.9),
 }
 
