@@ -1,7 +1,7 @@
 // Exponential, logarithm, tanh, erf and the activation functions, from our own polynomials: the same bits on
-// every instruction set with fused multiply-add. Errors were measured against double precision over all
-// floats of the range (tests/native/test_math.py repeats that on a sample); coefficients are weighted minimax
-// fits.
+// every instruction set with fused multiply-add. The errors given below are bounds on what was measured
+// against double precision over about a million sampled floats per function, not proofs;
+// tests/native/test_math.py samples again. Coefficients are weighted minimax fits.
 #ifndef POCKC_SIMD_MATH_H_
 #define POCKC_SIMD_MATH_H_
 
