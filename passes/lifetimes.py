@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pockc.ir import Graph, Node, Value
 from pockc.ops import OPS
+
+ALIGNMENT = 64
+
+
+def aligned(nbytes: int) -> int:
+    """The size rounded up to the alignment of the arena."""
+    return (nbytes + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
 
 
 @dataclass(slots=True, eq=False)
@@ -39,16 +47,38 @@ def in_place_inputs(node: Node, output: int) -> tuple[int, ...]:
     return OPS[node.op].in_place if output == 0 else ()
 
 
+def storages(graph: Graph) -> dict[Value, Value]:
+    """For each value, the one whose bytes it is: itself, or what it is a view of, at any remove."""
+    root: dict[Value, Value] = {value: value for value in (*graph.inputs, *graph.states)}
+    for node in graph.nodes:
+        for output in node.outputs:
+            root[output] = root[node.inputs[0]] if OPS[node.op].view else output
+    return root
+
+
+def takeover_candidates(node: Node, position: int, storage: Mapping[Value, object]) -> list[Value]:
+    """The operands whose bytes an output may take over, provided that nothing reads them later.
+
+    Only an operand of the output's own type, whose bytes the node reads through no other operand.
+    """
+    found = []
+    for i in in_place_inputs(node, position):
+        if i >= len(node.inputs) or node.inputs[i].type != node.outputs[position].type:
+            continue
+        value = node.inputs[i]
+        if sum(storage[other] is storage[value] for other in node.inputs) == 1:
+            found.append(value)
+    return found
+
+
 def readers_of_states(graph: Graph) -> dict[Value, list[int]]:
     """For each state, the calls that read it, directly or through a view."""
-    root: dict[Value, Value] = {state: state for state in graph.states}
+    root = storages(graph)
     readers: dict[Value, list[int]] = {state: [] for state in graph.states}
     for index, node in enumerate(graph.nodes):
         for value in node.inputs:
-            if value in root:
+            if root[value] in readers:
                 readers[root[value]].append(index)
-        if OPS[node.op].view and node.inputs[0] in root:
-            root[node.outputs[0]] = root[node.inputs[0]]
     return readers
 
 
@@ -122,14 +152,8 @@ def _takeover(
     """The buffer that an output inherits: what it views, or an operand that dies here and may be overwritten."""
     if OPS[node.op].view:
         return owner[node.inputs[0]]
-    output = node.outputs[position]
-    for i in in_place_inputs(node, position):
-        if i >= len(node.inputs):
-            continue
-        value = node.inputs[i]
+    for value in takeover_candidates(node, position, owner):
         buffer = owner[value]
-        dies = buffer.state is None and all(last_use.get(v, -1) <= index for v in buffer.values)
-        read_twice = sum(owner[other] is buffer for other in node.inputs) > 1
-        if dies and not read_twice and value.type == output.type:
+        if buffer.state is None and all(last_use.get(v, -1) <= index for v in buffer.values):
             return buffer
     return None

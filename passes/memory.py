@@ -10,9 +10,10 @@ import numpy.typing as npt
 
 from pockc.errors import InternalError
 from pockc.ir import Graph, Node, Value
+from pockc.passes.lifetimes import ALIGNMENT as ALIGNMENT
 from pockc.passes.lifetimes import Buffer, buffers, updates_in_place
+from pockc.passes.lifetimes import aligned as aligned
 
-ALIGNMENT = 64
 REPAIR_ROUNDS = 200  # attempts to improve the best order by moving the buffer that sets the peak to the front
 
 Workspace = Callable[[Node], int]  # bytes of scratch memory that the node's kernel wants
@@ -61,11 +62,6 @@ def run(graph: Graph, workspace: Workspace) -> Placement:
         nbytes=total,
         max_live_bytes=int(live_bytes(intervals).max(initial=0)),
     )
-
-
-def aligned(nbytes: int) -> int:
-    """The size rounded up to the alignment of the arena."""
-    return (nbytes + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
 
 
 def live_bytes(intervals: Sequence[Interval]) -> npt.NDArray[np.int64]:

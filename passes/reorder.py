@@ -1,28 +1,31 @@
-"""Reorder: free memory as soon as possible, allocate it as late as possible."""
+"""Reorder: the order of the nodes that needs the least memory at once."""
 
 from __future__ import annotations
 
 import heapq
 from dataclasses import replace
 
-from pockc.ir import Builder, Graph, Node, Origin, Value
+from pockc.ir import Builder, Graph, Node, Origin
+from pockc.passes import schedule_exact, schedule_greedy, schedule_window
 from pockc.passes.lifetimes import readers_of_states, updates_in_place
+from pockc.passes.schedule_model import problem_of
 from pockc.recipe import Recipe
 
-FREE = 64  # a node that adds no more bytes than this runs as soon as it can: counters and rates are not worth waiting
+EXACT_NODES = 40  # graphs up to this size get the best order of all,
+EXACT_BUDGET = 50_000  # unless the search has to visit more sets of nodes than this
 
 
 def run(graph: Graph, recipe: Recipe) -> Graph:
-    """Schedule the nodes, then make every update in place, or an explicit `copy` at the end.
+    """Make every update in place, or an explicit `copy`, and schedule the nodes for the lowest peak.
 
-    Pre:  any topological order.
-    Post: a topological order in which every node that frees at least what it allocates (an optimizer update, a
-          1-bit mask, a channel slice) runs as soon as it can, other nodes in their old order, and what depends on
-          states alone right before its first reader. Every update can be written in place.
+    Pre:  any topological order; ``recipe.workspace`` knows the kernels.
+    Post: a topological order in which every update can be written in place. Small graphs get the order of least peak
+          memory; large ones the best of a bound-driven list schedule, with the calls around the peak ordered again
+          by exact search. Deterministic: searches stop by counts, not by time.
     """
-    if "reorder" not in recipe.disabled:
-        graph = replace(graph, nodes=_schedule(_sink_cheap(graph)))
-    return _materialise_updates(graph)
+    if "reorder" in recipe.disabled:
+        return _materialise_updates(graph)
+    return _smallest(_materialise_updates(_by_updates(_sink_cheap(graph))), recipe)
 
 
 def _sink_cheap(graph: Graph) -> Graph:
@@ -52,97 +55,37 @@ def _sink_cheap(graph: Graph) -> Graph:
     return replace(graph, nodes=tuple(order))
 
 
-def _schedule(graph: Graph) -> tuple[Node, ...]:
-    """List scheduling: the old order, interrupted by every ready node whose net allocation is not positive."""
-    return _ListScheduler(graph).order()
+def _by_updates(graph: Graph) -> Graph:
+    """Move every node that makes the new value of a state behind the readers of the old one, where that is possible.
 
-
-class _ListScheduler:
-    """Which nodes are ready, and what running one would allocate and free now."""
-
-    def __init__(self, graph: Graph) -> None:
-        self.nodes = graph.nodes
-        self.predecessors, self.followers = _dependencies(graph)
-        self.waiting = [len(before) for before in self.predecessors]
-        self.homes = set(graph.updates.values())
-        self.never_freed = {*graph.states, *graph.results()}
-        self.unread: dict[Value, set[int]] = {}  # value -> nodes that have still to read it
-        for index, node in enumerate(graph.nodes):
-            for value in node.inputs:
-                self.unread.setdefault(value, set()).add(index)
-        self.done = [False] * len(graph.nodes)
-
-    def order(self) -> tuple[Node, ...]:
-        ready = [index for index, count in enumerate(self.waiting) if count == 0]  # sorted, hence a heap
-        eager = list(ready)
-        order: list[int] = []
-        while ready:
-            while eager:
-                candidate = eager.pop()
-                if not self.done[candidate] and self._net_bytes(candidate) <= FREE:
-                    order.append(candidate)
-                    eager.extend(self._complete(candidate, ready))
-            following = heapq.heappop(ready)
-            if not self.done[following]:
-                order.append(following)
-                eager = self._complete(following, ready)
-        return tuple(self.nodes[index] for index in order)
-
-    def _complete(self, index: int, ready: list[int]) -> list[int]:
-        """Mark a node as run; returns the ready nodes whose cost that may have changed."""
-        self.done[index] = True
-        touched: list[int] = []
-        for value in dict.fromkeys(self.nodes[index].inputs):
-            self.unread[value].discard(index)
-            if len(self.unread[value]) == 1:
-                touched.extend(self.unread[value])
-        for follower in self.followers[index]:
-            self.waiting[follower] -= 1
-            if self.waiting[follower] == 0:
-                heapq.heappush(ready, follower)
-                touched.append(follower)
-        return [i for i in touched if self.waiting[i] == 0]
-
-    def _net_bytes(self, index: int) -> int:
-        """Bytes that running this node now allocates, minus those that it frees."""
-        node = self.nodes[index]
-        allocated = sum(output.type.nbytes for output in node.outputs if output not in self.homes)
-        freed = sum(
-            value.type.nbytes
-            for value in dict.fromkeys(node.inputs)
-            if value not in self.never_freed and len(self.unread[value]) == 1
-        )
-        return allocated - freed
-
-
-def _dependencies(graph: Graph) -> tuple[list[set[int]], list[list[int]]]:
-    """Per node, the nodes it waits for and the nodes that wait for it.
-
-    Besides data, a node that makes the new value of a state waits for the readers of the old one, unless one of
-    them needs that new value itself; such an update is left to a copy.
+    It is not where one of them needs the new value itself; such an update is left to a copy.
     """
     maker = {output: i for i, node in enumerate(graph.nodes) for output in node.outputs}
-    predecessors: list[set[int]] = [set() for _ in graph.nodes]
+    before = [{maker[value] for value in node.inputs if value in maker} for node in graph.nodes]
     followers: list[list[int]] = [[] for _ in graph.nodes]
-
-    def after(index: int, before: int) -> None:
-        if before not in predecessors[index]:
-            predecessors[index].add(before)
-            followers[before].append(index)
-
-    for index, node in enumerate(graph.nodes):
-        for value in node.inputs:
-            if value in maker:
-                after(index, maker[value])
+    for index, earlier in enumerate(before):
+        for i in earlier:
+            followers[i].append(index)
     readers = readers_of_states(graph)
     for state, value in graph.updates.items():
         if value not in maker:
             continue
         others = set(readers[state]) - {maker[value]}
         if others.isdisjoint(_reachable(maker[value], followers)):
-            for reader in others:
-                after(maker[value], reader)
-    return predecessors, followers
+            for reader in others - before[maker[value]]:
+                before[maker[value]].add(reader)
+                followers[reader].append(maker[value])
+    waiting = [len(earlier) for earlier in before]
+    ready = [index for index, count in enumerate(waiting) if count == 0]  # sorted, hence a heap
+    order: list[Node] = []
+    while ready:
+        index = heapq.heappop(ready)
+        order.append(graph.nodes[index])
+        for follower in followers[index]:
+            waiting[follower] -= 1
+            if waiting[follower] == 0:
+                heapq.heappush(ready, follower)
+    return replace(graph, nodes=tuple(order))
 
 
 def _reachable(start: int, followers: list[list[int]]) -> set[int]:
@@ -155,6 +98,19 @@ def _reachable(start: int, followers: list[list[int]]) -> set[int]:
                 seen.add(follower)
                 stack.append(follower)
     return seen - {start}
+
+
+def _smallest(graph: Graph, recipe: Recipe) -> Graph:
+    """The nodes in the order of least peak memory that the searches find."""
+    problem = problem_of(graph, recipe.workspace)
+    given = tuple(range(problem.count))
+    least = problem.lower_bound()
+    order = schedule_greedy.improved(problem, given, least)
+    if problem.count <= EXACT_NODES:
+        order, _ = schedule_exact.optimum(problem, order, EXACT_BUDGET)
+    else:
+        order = schedule_window.refined(problem, order, least)
+    return replace(graph, nodes=tuple(graph.nodes[index] for index in order))
 
 
 def _materialise_updates(graph: Graph) -> Graph:

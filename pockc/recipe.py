@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from pockc.ir import Node
     from pockc.optim import Optimizer
     from pockc.scheme import Channels
 
 BatchNorm = Literal["fold", "freeze", "train"]
+
+
+def no_workspace(node: Node) -> int:
+    """The scratch memory of kernels that have none."""
+    return 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +25,8 @@ class Recipe:
 
     ``trained`` maps the name of each updated parameter to its channel selection, None for the whole tensor.
     ``loss`` is the name of a built-in loss, or None where the graph already has an output called ``loss``.
-    ``accumulation`` is the number of micro-steps per optimizer step; ``threads`` sizes the kernels' workspaces.
+    ``accumulation`` is the number of micro-steps per optimizer step; ``threads`` sizes the kernels' workspaces,
+    and ``workspace`` is the target's count of their bytes for a node: passes that weigh memory ask it.
     """
 
     trained: Mapping[str, Channels | None]
@@ -29,5 +36,6 @@ class Recipe:
     batchnorm: BatchNorm = "fold"
     accumulation: int = 1
     threads: int = 1
+    workspace: Callable[[Node], int] = no_workspace
     updated_buffers: frozenset[str] = frozenset()  # running statistics that a training entry updates
     disabled: frozenset[str] = frozenset()  # names of passes that the user switched off, for ablation
