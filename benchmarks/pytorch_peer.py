@@ -42,7 +42,8 @@ class Peer:
         layout: Layout = "contiguous",
     ) -> None:
         self.layout = layout
-        self.model = copy.deepcopy(model).eval().to(memory_format=MEMORY_FORMATS[layout])
+        # PyTorch's type stubs do not have this overload.
+        self.model = copy.deepcopy(model).eval().to(memory_format=MEMORY_FORMATS[layout])  # type: ignore[call-overload]
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in trained)
         self.optimizer = make_optimizer([p for p in self.model.parameters() if p.requires_grad], optimizer)
