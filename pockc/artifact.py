@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import re
 import struct
 import zlib
 from collections.abc import Callable
@@ -37,6 +38,7 @@ MAX_TENSORS, MAX_STATES, MAX_CALLS, MAX_ENTRIES = 1 << 20, 1 << 16, 1 << 20, 64
 MAX_TEXT, MAX_RANK, MAX_OPERANDS, MAX_ATTRIBUTES, MAX_BYTES = 4096, 8, 64, 256, 1 << 40
 
 Item = TypeVar("Item")
+_SOURCE = re.compile(r"\S+ \((.*)\)(?: \[\w+\])?")  # of an origin
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,12 @@ class Call:
     def module(self) -> str:
         """The user's module path."""
         return self.origin.partition(" ")[0]
+
+    @property
+    def source(self) -> str:
+        """The user's ``file:line``, or nothing."""
+        found = _SOURCE.fullmatch(self.origin)
+        return found[1] if found else ""
 
     @property
     def phase(self) -> str:

@@ -18,7 +18,7 @@ from pockc.passes import memory
 from pockc.pipeline import ACCUMULATE, COMMON, EVAL, INFER, LOWER, TRAIN, Manager, Pass
 from pockc.program import Program, place_states
 from pockc.recipe import BatchNorm, Recipe
-from pockc.scheme import Scheme, detect_family, resolve
+from pockc.scheme import Channels, Scheme, detect_family, resolve
 from pockc.targets import devices
 from pockc.targets.native import NATIVE, workspace_of
 
@@ -36,6 +36,7 @@ def build(
     loss_options: Mapping[str, float] | None = None,
     seed: int = 0,
     disabled: frozenset[str] = frozenset(),
+    compare_full: bool = False,
 ) -> Program:
     """Compile one training step of a PyTorch model.
 
@@ -52,6 +53,7 @@ def build(
         loss_options: ``label_smoothing``, ``ignore_index`` (cross entropy), ``delta`` (huber).
         seed: of dropout and of random channel selections in presets.
         disabled: names of optional passes to switch off.
+        compare_full: also plan the scheme ``full``, and keep its memory in the metadata for comparison.
 
     Returns:
         The program: ``save`` it, look at ``memory`` and ``text("train_step")``.
@@ -77,30 +79,27 @@ def build(
         if state.kind == "parameter"
     }
     family = detect_family(imported.modules)
-    trained = resolve(
-        scheme,
-        parameters,
-        modules=imported.modules,
-        family=family,
-        aliases=imported.aliases,
-        frozen=_batchnorm_scales(imported.modules) if batchnorm == "fold" else frozenset(),
-    )
+    frozen = _batchnorm_scales(imported.modules) if batchnorm == "fold" else frozenset()
+
+    def resolved(chosen: str | Path | Scheme) -> dict[str, Channels | None]:
+        modules, aliases = imported.modules, imported.aliases
+        return resolve(chosen, parameters, modules=modules, family=family, aliases=aliases, frozen=frozen)
+
     recipe = Recipe(
-        trained=trained,
+        trained=resolved(scheme),
         optimizer=optimizer,
         loss=loss if isinstance(loss, str) else None,
         loss_options=dict(loss_options or {}),
         batchnorm=batchnorm,
         accumulation=accumulation,
         threads=target.threads,
+        workspace=workspace_of(target.threads),
         updated_buffers=frozenset(state.name for state in imported.graph.updates),
         disabled=disabled,
     )
     manager = Manager(recipe, NATIVE.supports)
-    entries, without_gradient = _entries(manager, imported.graph, evaluated.graph if evaluated else None, seed)
-    placements = {name: memory.run(graph, workspace_of(target.threads)) for name, graph in entries.items()}
-    state_offset, state_bytes = place_states(entries)
-    transient = max(placement.nbytes for placement in placements.values())
+    graphs = imported.graph, evaluated.graph if evaluated else None
+    program, without_gradient = _plan(manager, graphs, seed)
     metadata = {
         "model": type(model).__name__,
         "family": family,
@@ -111,26 +110,47 @@ def build(
         "batchnorm": batchnorm,
         "device": target.name,
         "aliases": dict(imported.aliases),
-        "trained": [name for name in trained if name not in without_gradient],
+        "trained": [name for name in recipe.trained if name not in without_gradient],
         "without_gradient": sorted(without_gradient),
-        "trained_elements": _trained_elements(entries["train_step"]),
+        "trained_elements": _trained_elements(program.entries["train_step"]),
         "parameters": {name: list(shape) for name, shape in parameters.items()},
+        "buffers": _persistent_buffers(model, parameters, imported.aliases),
         "passes": [
             {"entry": entry, "pass": name, "ms": round(ms, 3), "nodes": nodes}
             for entry, name, ms, nodes in manager.timings
         ],
         "build_seconds": round(time.perf_counter() - started, 3),
     }
-    return Program(
+    if compare_full:
+        full = replace(recipe, trained=resolved("full"))
+        planned = program if full.trained == recipe.trained else _plan(Manager(full, NATIVE.supports), graphs, seed)[0]
+        metadata["full_memory"] = planned.memory.totals()
+    return replace(program, metadata=metadata)
+
+
+def _plan(manager: Manager, graphs: tuple[Graph, Graph | None], seed: int) -> tuple[Program, set[str]]:
+    """A program without metadata from training and evaluation graph; the trained parameters without a gradient."""
+    threads = manager.recipe.threads
+    entries, without_gradient = _entries(manager, *graphs, seed)
+    placements = {name: memory.run(graph, workspace_of(threads)) for name, graph in entries.items()}
+    state_offset, state_bytes = place_states(entries)
+    transient = max(placement.nbytes for placement in placements.values())
+    program = Program(
         entries=entries,
         placements=placements,
         state_offset=state_offset,
         state_bytes=state_bytes,
         arena_bytes=state_bytes + transient,
-        max_threads=target.threads,
-        accumulation=accumulation,
-        metadata=metadata,
+        max_threads=threads,
+        accumulation=manager.recipe.accumulation,
+        metadata={},
     )
+    return program, without_gradient
+
+
+def _persistent_buffers(model: Any, parameters: Mapping[str, Any], aliases: Mapping[str, str]) -> list[str]:
+    """What else than parameters the model's ``state_dict`` holds, and an export must hold."""
+    return [name for name in model.state_dict() if name not in parameters and name not in aliases]
 
 
 def _check_options(loss: object, batchnorm: str, accumulation: int) -> None:

@@ -72,10 +72,13 @@ def build(
     step_size: StepSize = 0,
     seed: Seed = 0,
     label_smoothing: LabelSmoothing = 0.0,
+    selftest: Annotated[bool, typer.Option(help="Store inputs and outputs for `pock-run selftest`.")] = True,
+    compare_full: Annotated[bool, typer.Option(help="Also plan full backpropagation, to compare memory.")] = True,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for model.pock and pock-run.")] = Path("out"),
 ) -> None:
     """Compile a model into a training program."""
     from pockc.build import build as build_program  # the compiler loads what the other commands do without
+    from pockc.frontend.torch_parity import named_arrays
     from pockc.targets import devices
     from pockc.targets.native import copy_runner
 
@@ -84,9 +87,9 @@ def build(
         model, scheme, batchnorm, loss, optimizer, learning_rate, batch_size, clip_norm, weight_decay, momentum,
         (schedule, warmup, total_steps, step_size), label_smoothing,
     )  # fmt: skip
-    program = build_program(**options, device=device, accumulation=accumulate, seed=seed)
+    program = build_program(**options, device=device, accumulation=accumulate, seed=seed, compare_full=compare_full)
     file = output / "model.pock"
-    program.save(file)
+    program.save(file, golden=named_arrays(options["model"], options["example_inputs"]) if selftest else None)
     console = Console()
     from pockc.inspect import print_summary
 
@@ -103,13 +106,15 @@ def build(
 @app.command()
 def inspect(
     file: Annotated[Path, typer.Argument(help="A .pock file.")],
-    html: Annotated[Path | None, typer.Option(help="Write a page with memory over time to this file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write memory over time as an interactive page.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Write it as a Chrome trace, which Perfetto opens.")] = None,
     entry: Annotated[str, typer.Option(help="Which entry to show.")] = "train_step",
     text: Annotated[bool, typer.Option("--text", help="Print the entry's IR, and nothing else.")] = False,
 ) -> None:
     """Show a program: memory, the tensors at its peak, the schedule."""
     from pockc import inspect as views
     from pockc.artifact import read
+    from pockc.memory_page import write_trace
 
     artifact = read(file)
     if text:
@@ -117,8 +122,11 @@ def inspect(
         return
     views.print_tables(Console(), artifact, entry)
     if html is not None:
-        views.write_html(artifact, entry, html)
+        views.write_html(artifact, html)
         Console().print(f"Wrote {html}", soft_wrap=True, highlight=False)
+    if trace is not None:
+        write_trace(artifact, trace)
+        Console().print(f"Wrote {trace}", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -182,10 +190,10 @@ def export(
     console = Console()
     console.print(f"Wrote {output}", soft_wrap=True, highlight=False)
     if missing:
-        note = (
-            f"Note: {len(missing)} frozen tensors are not in the program, for instance {missing[0]}; --base adds them"
-        )
-        console.print(Text(note + ", or load with strict=False.", style="yellow"), soft_wrap=True)
+        what = f"{len(missing)} of the model's tensors are not in the program"
+        lacking = f"{base} lacks {missing[0]}" if base else f"{missing[0]} for instance; --base adds them"
+        note = f"Note: {what}: {lacking}, or load with strict=False."
+        console.print(Text(note, style="yellow"), soft_wrap=True)
 
 
 @app.command()

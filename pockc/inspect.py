@@ -1,9 +1,8 @@
-"""What `pockc inspect`, `build` and `verify` print, and the page that `inspect --html` writes."""
+"""What `pockc inspect`, `build` and `verify` print."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from pockc.artifact import Artifact, Entry
-from pockc.artifact_writer import write_atomically
 from pockc.errors import UserError, near_names
+from pockc.memory_page import write_page
 from pockc.parity import LOSS_TOLERANCE, TENSOR_TOLERANCE, Parity
 
-_ROWS = 15  # of a table on a terminal; the page has them all
+_ROWS = 15  # of a table; the page has them all
 
 
 def text(artifact: Artifact, entry: str) -> str:
@@ -66,25 +65,9 @@ def print_parity(console: Console, parity: Parity) -> None:
     )
 
 
-def write_html(artifact: Artifact, entry: str, path: Path) -> None:
-    """One page without references to other files: memory over time, tensors at the peak, memory by module."""
-    chosen = _entry(artifact, entry)
-    memory = artifact.metadata["memory"]
-    facts = [(name, value) for name, value in _facts(artifact.metadata)]
-    parts = [
-        f"<h1>{escape(str(artifact.metadata.get('model', 'program')))}</h1>",
-        _html_table(("", ""), facts),
-        f"<h2>Memory over time: {escape(entry)}</h2>",
-        _chart(memory["timeline"].get(entry, ()), artifact.state_bytes, chosen),
-        "<h2>Memory by kind</h2>",
-        _html_table(("kind", "size"), _kinds(memory)),
-        "<h2>Tensors at the peak</h2>",
-        _html_table(("tensor", "type", "size", "kind", "module", "source"), _peak(memory)),
-        "<h2>Peak memory by module</h2>",
-        _html_table(("module", "size"), _by_module(memory)),
-    ]
-    page = f"<!doctype html><html lang=en><meta charset=utf-8><title>pockc</title>{_STYLE}{''.join(parts)}</html>"
-    write_atomically(path, [page.encode()])
+def write_html(artifact: Artifact, path: Path) -> None:
+    """The interactive page of a program's memory."""
+    write_page(artifact, [(name, value) for name, value in _facts(artifact.metadata) if name != "model"], path)
 
 
 # --- Facts ------------------------------------------------------------------------------------------------------------
@@ -194,47 +177,3 @@ def _print_rows(console: Console, title: str, columns: Sequence[str], rows: Sequ
     console.print(table)
     if len(rows) > _ROWS:
         console.print(f"... and {len(rows) - _ROWS} more", highlight=False)
-
-
-# --- As a page --------------------------------------------------------------------------------------------------------
-
-_STYLE = """<style>
-body { font: 14px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; }
-table { border-collapse: collapse; } td, th { padding: .2em .8em; text-align: left; border-bottom: 1px solid #ddd; }
-.live { fill: #7aa6d8; } .states { fill: #35618f; } .axis { stroke: #666; } text { font-size: 12px; fill: #444; }
-</style>"""
-_WIDTH, _HEIGHT, _LEFT = 1000, 300, 80
-
-
-def _html_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(column)}" for column in columns)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}" for cell in row) for row in rows)
-    return f"<table><tr>{head}{body}</table>"
-
-
-def _chart(timeline: Sequence[int], state_bytes: int, entry: Entry) -> str:
-    """Live bytes of the arena at each call as an SVG area; the states below, always alive."""
-    if not timeline:
-        return "<p>No calls.</p>"
-    top = max(max(timeline), 1)
-    step = (_WIDTH - _LEFT) / len(timeline)
-
-    def y(nbytes: int) -> float:
-        return _HEIGHT - nbytes / top * (_HEIGHT - 20)
-
-    corners = [f"{_LEFT},{_HEIGHT}"]
-    for index, nbytes in enumerate(timeline):
-        left, height = _LEFT + index * step, y(nbytes)
-        corners += [f"{left:.1f},{height:.1f}", f"{left + step:.1f},{height:.1f}"]
-    corners.append(f"{_WIDTH},{_HEIGHT}")
-    peak = max(range(len(timeline)), key=timeline.__getitem__)
-    states = y(state_bytes)
-    return (
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT + 30}" role="img" aria-label="live bytes over the calls of the entry">'
-        f'<polygon class="live" points="{" ".join(corners)}"/>'
-        f'<rect class="states" x="{_LEFT}" y="{states:.1f}" width="{_WIDTH - _LEFT}" height="{_HEIGHT - states:.1f}"/>'
-        f'<line class="axis" x1="{_LEFT}" y1="{_HEIGHT}" x2="{_WIDTH}" y2="{_HEIGHT}"/>'
-        f'<text x="0" y="{y(top) + 4:.1f}">{_size(top)}</text><text x="0" y="{_HEIGHT}">0</text>'
-        f'<text x="{_LEFT}" y="{_HEIGHT + 18}">{len(timeline)} nodes, {len(entry.calls)} calls; the peak is at node '
-        f"{peak}; dark: parameters and optimizer state</text></svg>"
-    )

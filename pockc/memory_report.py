@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pockc.ir import Node, State, Value
-from pockc.passes.lifetimes import Buffer
+from pockc.passes.lifetimes import Buffer, storages
 from pockc.passes.memory import aligned
 from pockc.program import Program, states
 
@@ -43,13 +43,19 @@ class MemoryReport:
     tensors_at_peak: tuple[LiveTensor, ...]
     timeline: Mapping[str, tuple[int, ...]]  # entry -> live bytes of the arena at each call
 
-    def as_json(self) -> dict[str, Any]:
-        """The report as plain values."""
+    def totals(self) -> dict[str, Any]:
+        """The sums alone, as plain values."""
         return {
             "arena_bytes": self.arena_bytes,
             "peak_bytes": self.peak_bytes,
             "lower_bound_bytes": self.lower_bound_bytes,
             "by_kind": dict(self.by_kind),
+        }
+
+    def as_json(self) -> dict[str, Any]:
+        """The report as plain values."""
+        return {
+            **self.totals(),
             "tensors_at_peak": [
                 {field: getattr(tensor, field) for field in LiveTensor.__slots__} for tensor in self.tensors_at_peak
             ],
@@ -115,11 +121,12 @@ class _Peak:
     def __init__(self, program: Program, entry: str, call: int) -> None:
         self.program, self.call = program, call
         self.graph, self.placement = program.entries[entry], program.placements[entry]
+        self.root = storages(self.graph)
         self.made: dict[Value, int] = {v: i for i, node in enumerate(self.graph.nodes) for v in node.outputs}
-        self.later_phases: dict[Value, set[str]] = {}
-        for node in self.graph.nodes[call + 1 :]:
+        self.phases: dict[Value, set[str]] = {}  # of the nodes that read a value or a view of it
+        for node in self.graph.nodes:
             for value in node.inputs:
-                self.later_phases.setdefault(value, set()).add(node.origin.phase)
+                self.phases.setdefault(self.root[value], set()).add(node.origin.phase)
 
     def tensors(self) -> list[LiveTensor]:
         alive = [b for b in self.placement.offset if b.first <= self.call <= b.last]
@@ -137,25 +144,24 @@ class _Peak:
 
     def _transient(self, buffer: Buffer) -> LiveTensor:
         past = [v for v in buffer.values if self.made.get(v, -1) <= self.call]
-        value = past[-1] if past else buffer.values[0]
+        value = self.root[past[-1] if past else buffer.values[0]]
         node = self.graph.nodes[self.made[value]] if value in self.made else None
         origin = node.origin if node else None
         return LiveTensor(
             value.name,
             str(value.type),
             aligned(buffer.nbytes),
-            self._kind(buffer, node),
+            self._kind(value, node),
             origin.module if origin else "<input>",
             f"{origin.file}:{origin.line}" if origin and origin.file else "",
         )
 
-    def _kind(self, buffer: Buffer, node: Node | None) -> str:
-        """What a transient buffer is for: inputs, activations saved for the backward pass, gradients, temporaries."""
+    def _kind(self, value: Value, node: Node | None) -> str:
+        """What a value is for: inputs, activations saved for the backward pass, gradients, temporaries."""
         if node is None:
             return "inputs"
-        later = {phase for value in buffer.values for phase in self.later_phases.get(value, ())}
         forward = node.origin.phase == "forward" or node.op == "range_mask"
-        if forward and later - {"forward"}:
+        if forward and self.phases.get(value, set()) - {"forward"}:
             return "saved_activations"
         return "activations" if forward else "gradients"
 
