@@ -25,7 +25,7 @@ test test-python update-golden: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup runtime asan data lint test test-cpp test-python demo verify-zoo sweep update-golden clean distclean
+.PHONY: help setup runtime asan data lint test test-cpp test-python demo verify-zoo bench-memory sweep update-golden clean distclean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -78,6 +78,10 @@ demo: data ## Fine-tune a real model on real data with four schemes, and compare
 
 verify-zoo: data ## Compare every zoo model and scheme with PyTorch, step by step
 	$(BIN)/python -m benchmarks.verify_zoo
+
+# Everything that is measured is made from random weights: no data is needed.
+bench-memory: setup ## Compare the memory of training with PyTorch's: tables, JSON, a picture
+	$(BIN)/python -m benchmarks.memory
 
 sweep: data ## Find the learning rates that the demo uses
 	$(BIN)/python -m benchmarks.sweep
