@@ -14,7 +14,9 @@ from pockc.passes.lifetimes import ALIGNMENT as ALIGNMENT
 from pockc.passes.lifetimes import Buffer, buffers, updates_in_place
 from pockc.passes.lifetimes import aligned as aligned
 
-REPAIR_ROUNDS = 200  # attempts to improve the best order by moving the buffer that sets the peak to the front
+MOST_ROUNDS = 150  # attempts to repair one order
+MOST_VISITS = 4_000_000  # pairs of buffers that are alive together, over the attempts: large plans get fewer
+TOLERANCE = 1000  # part of the lower bound that is not worth more attempts
 
 Workspace = Callable[[Node], int]  # bytes of scratch memory that the node's kernel wants
 
@@ -76,71 +78,101 @@ def live_bytes(intervals: Sequence[Interval]) -> npt.NDArray[np.int64]:
 
 
 def plan(intervals: Sequence[Interval]) -> tuple[list[int], int]:
-    """Offsets of the intervals and the total: the best of several greedy orders, then of repairs of the best.
+    """Offsets of the intervals and the total: the best of several greedy orders, each repaired until it is good.
 
     Deterministic. Offsets are multiples of ALIGNMENT.
     """
     if not intervals:
         return [], 0
-    bound = int(live_bytes(intervals).max())
-    sizes = [aligned(i.nbytes) for i in intervals]
-    spans = [i.last - i.first + 1 for i in intervals]
-    count = range(len(intervals))
-    orders = (
-        sorted(count, key=lambda i: (-sizes[i], intervals[i].first)),
-        sorted(count, key=lambda i: (-sizes[i] * spans[i], intervals[i].first)),
-        sorted(count, key=lambda i: (-spans[i], -sizes[i])),
-        sorted(count, key=lambda i: (intervals[i].first, -sizes[i])),
-    )
     placer = _Placer(intervals)
-    order, (offsets, total) = min(((o, placer.place(o)) for o in orders), key=lambda pair: pair[1][1])
-    best = (offsets, total)
-    for _ in range(REPAIR_ROUNDS):
-        if best[1] <= bound:
-            break
-        order = _repaired(order, offsets, sizes)
-        offsets, total = placer.place(order)
-        if total < best[1]:
-            best = (offsets, total)
-    return best
+    good_enough = placer.bound + placer.bound // TOLERANCE
+    orders = _orders(intervals)
+    best = placer.place(orders[0])
+    for attempt in (placer.place, placer.repaired):
+        for order in orders:
+            if best.total <= good_enough:
+                return best.offsets, best.total
+            best = min(best, attempt(order, best.total - 1), key=_Placed.quality)
+    return best.offsets, best.total
 
 
-def _repaired(order: list[int], offsets: list[int], sizes: list[int]) -> list[int]:
-    """The order with the interval that reaches highest moved half-way to the front."""
-    top = max(order, key=lambda i: offsets[i] + sizes[i])
-    position = order.index(top)
-    rest = order[:position] + order[position + 1 :]
-    return [*rest[: position // 2], top, *rest[position // 2 :]]
+def _orders(intervals: Sequence[Interval]) -> tuple[list[int], ...]:
+    """In which order to place: by size, bytes times calls, calls, and by time."""
+    count = range(len(intervals))
+    size = [aligned(interval.nbytes) for interval in intervals]
+    span = [interval.last - interval.first + 1 for interval in intervals]
+    first = [interval.first for interval in intervals]
+    return (
+        sorted(count, key=lambda i: (-size[i], first[i])),
+        sorted(count, key=lambda i: (-size[i] * span[i], first[i])),
+        sorted(count, key=lambda i: (-span[i], -size[i])),
+        sorted(count, key=lambda i: (first[i], -size[i])),
+        sorted(count, key=lambda i: (first[i], -span[i])),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    offsets: list[int]  # -1 where the placement was given up before
+    total: int
+    culprit: int | None = None  # the interval that went beyond the limit
+
+    def quality(self) -> tuple[bool, int]:
+        """Complete placements before others, then by total."""
+        return self.culprit is not None, self.total
 
 
 class _Placer:
     """Greedy best-fit placement in a given order."""
 
     def __init__(self, intervals: Sequence[Interval]) -> None:
-        self.first = np.array([i.first for i in intervals])
-        self.last = np.array([i.last for i in intervals])
-        self.sizes = np.array([aligned(i.nbytes) for i in intervals], np.int64)
+        first = np.array([i.first for i in intervals])
+        last = np.array([i.last for i in intervals])
+        self.bound = int(live_bytes(intervals).max())
+        self.sizes = [aligned(i.nbytes) for i in intervals]
+        self.alive_with = [np.flatnonzero((first <= i.last) & (last >= i.first)).tolist() for i in intervals]
+        self.rounds = min(MOST_ROUNDS, MOST_VISITS // sum(map(len, self.alive_with)))
 
-    def place(self, order: Sequence[int]) -> tuple[list[int], int]:
-        """Each interval goes into the tightest gap among the placed ones that are alive with it, else on top."""
-        offsets = np.full(len(self.sizes), -1, np.int64)
+    def place(self, order: Sequence[int], limit: int | None = None) -> _Placed:
+        """Each interval goes into the tightest gap among the placed ones that are alive with it, else on top.
+
+        Gives up at the first interval that ends beyond ``limit``.
+        """
+        offsets = [-1] * len(order)
+        total = 0
         for index in order:
-            alive = (self.first <= self.last[index]) & (self.last >= self.first[index]) & (offsets >= 0)
-            offsets[index] = self._best_gap(offsets[alive], self.sizes[alive], int(self.sizes[index]))
-        return [int(o) for o in offsets], int((offsets + self.sizes).max())
+            taken = sorted((offsets[i], offsets[i] + self.sizes[i]) for i in self.alive_with[index] if offsets[i] >= 0)
+            offsets[index] = _best_gap(taken, self.sizes[index])
+            total = max(total, offsets[index] + self.sizes[index])
+            if limit is not None and total > limit:
+                return _Placed(offsets, total, index)
+        return _Placed(offsets, total)
 
-    @staticmethod
-    def _best_gap(starts: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64], wanted: int) -> int:
-        if not len(starts):
-            return 0
-        by_start = np.argsort(starts, kind="stable")
-        starts, ends = starts[by_start], np.maximum.accumulate((starts + sizes)[by_start])
-        gap_starts = np.concatenate(([0], ends[:-1]))
-        gaps = starts - gap_starts
-        fitting = np.flatnonzero(gaps >= max(wanted, 1))
-        if not len(fitting):
-            return int(ends[-1])
-        return int(gap_starts[fitting[np.argmin(gaps[fitting])]])
+    def repaired(self, order: Sequence[int], limit: int) -> _Placed:
+        """The best placement of repeated attempts: what goes beyond the limit is placed first the next time."""
+        order = list(order)
+        best = placed = self.place(order, limit)
+        for _ in range(self.rounds):
+            if placed.culprit is None and placed.total <= self.bound:
+                break
+            if placed.culprit is None:
+                best, limit = placed, placed.total - 1
+            else:
+                order.remove(placed.culprit)
+                order.insert(0, placed.culprit)
+            placed = self.place(order, limit)
+        return min(best, placed, key=_Placed.quality)
+
+
+def _best_gap(taken: Sequence[tuple[int, int]], wanted: int) -> int:
+    """The start of the tightest gap that ``wanted`` bytes fit into between sorted extents, else their end."""
+    best, least, end = -1, 0, 0
+    for start, stop in taken:
+        gap = start - end
+        if gap >= wanted and gap > 0 and (best < 0 or gap < least):
+            best, least = end, gap
+        end = max(end, stop)
+    return best if best >= 0 else end
 
 
 def check(intervals: Sequence[Interval], offsets: Sequence[int]) -> None:

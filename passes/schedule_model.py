@@ -120,9 +120,9 @@ class Problem:
         needed = np.array([self._least_allocation(i, reach[i]) for i in range(self.count)], np.int64)
         needed += self.workspace
         for storage, readers in enumerate(self.readers):
-            read_later = np.ones(self.count, np.bool_)
+            read_later: Flags = np.ones(self.count, np.bool_)
             if not readers >> self.count & 1:
-                read_later = reached_from[_members(readers)].any(axis=0)
+                read_later = np.logical_or.reduce(reached_from[_members(readers)], axis=0)
             made_before = np.ones(self.count, np.bool_)
             if storage in makers:
                 made_before = reach[makers[storage]].copy()
