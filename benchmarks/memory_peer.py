@@ -3,8 +3,8 @@
 `python -m benchmarks.memory_peer` reads a request as JSON from its input and prints the answer as JSON. The kernel
 keeps the high-water mark of a process's resident memory, so no peak is missed (`VmHWM`; its counters are exact to some
 hundred KB), and sets it back to the present value on request. So the figure is: high-water mark over the steps, minus
-resident memory right before the first one. Memory that loading the model left behind free in the heap is given back to the system before,
-so that it does not hide what the steps take. The settings of the allocator are the default ones.
+resident memory right before the first one. Memory that loading the model left behind free in the heap is given back to
+the system before, so that it does not hide what the steps take. The settings of the allocator are the default ones.
 """
 
 import ctypes
