@@ -21,11 +21,11 @@ RUN_CPP_TESTS = $(BIN)/ctest --test-dir $(ASAN_DIR) --output-on-failure --no-tes
 RUN_PYTHON_TESTS = $(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 # One thread per test process: pytest runs as many processes as there are cores.
-test test-python update-golden: export OMP_NUM_THREADS = 1
+test test-python test-page update-golden: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup runtime asan data lint test test-cpp test-python demo verify-zoo bench-memory sweep update-golden clean distclean
+.PHONY: help setup runtime asan data lint test test-cpp test-python test-page demo verify-zoo bench-memory sweep update-golden clean distclean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -72,6 +72,12 @@ test: setup asan ## Set up, lint, and run all C++ and Python tests
 	$(RUN_LINT)
 	$(RUN_CPP_TESTS)
 	$(RUN_PYTHON_TESTS)
+
+# Chromium is large, so `make test` takes the one that is there, and says so where there is none.
+test-page: setup ## Test the memory page in headless Chromium, installed with apt-get where that is permitted
+	command -v chromium || command -v chromium-browser || command -v google-chrome \
+	  || apt-get install --yes --no-install-recommends chromium
+	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_memory_page.py
 
 demo: data ## Fine-tune a real model on real data with four schemes, and compare them
 	$(BIN)/python -m benchmarks.demo

@@ -49,7 +49,8 @@ class Timeline:
 
     def total(self) -> npt.NDArray[np.int64]:
         """Live bytes of the arena at each call."""
-        return np.sum(list(self.by_kind().values()), axis=0)
+        layers = np.stack(list(self.by_kind().values()))
+        return np.asarray(layers.sum(axis=0), np.int64)
 
     def alive(self, call: int) -> list[Live]:
         """What is in the arena at a call, largest first."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pockc import __version__, cli
+from pockc.artifact import read
 from pockc.errors import InternalError
 from pockc.session import Session
 
@@ -161,15 +163,28 @@ def test_inspect_text_is_the_ir_alone(shell: Shell) -> None:
     assert shell("inspect", "out/model.pock", "--text", "--entry", "infer")[1] == expected + "\n"
 
 
-def test_inspect_page_needs_no_other_file_and_escapes_names(shell: Shell) -> None:
-    shell("build", "model.py:make")
-    code, _, _ = shell("inspect", "out/model.pock", "--html", "memory.html")
-    page = (shell.folder / "memory.html").read_text()
+def test_inspect_writes_a_page_and_a_trace(shell: Shell) -> None:
+    shell("build", "model.py:make", "--scheme", "head")
+    code, out, err = shell("inspect", "out/model.pock", "--html", "memory.html", "--trace", "memory.json")
 
-    assert code == 0
-    assert "<svg" in page and "fc.weight" in page
-    assert "&lt;input&gt;" in page and "<input>" not in page
-    assert not re.search(r"https?://|src=|<link|<script", page)
+    assert (code, err) == (0, "")
+    assert "Wrote memory.html" in out and "Wrote memory.json" in out
+    page = (shell.folder / "memory.html").read_text()
+    assert "fc.weight" not in page and "head.weight" in page  # what is frozen is not in the arena
+    assert '"full":{"arena_bytes":' in page
+    assert json.loads((shell.folder / "memory.json").read_text())["traceEvents"]
+
+
+def test_build_leaves_out_self_test_and_comparison_on_request(shell: Shell) -> None:
+    shell("build", "model.py:make", "-o", "with")
+    code, _, err = shell("build", "model.py:make", "--no-selftest", "--no-compare-full", "-o", "without")
+
+    assert (code, err) == (0, "")
+    found, missing = (shell.folder / name / "model.pock" for name in ("with", "without"))
+    assert b"infer/output/logits" in found.read_bytes()
+    assert b"infer/output/logits" not in missing.read_bytes()
+    assert "full_memory" in read(found).metadata
+    assert "full_memory" not in read(missing).metadata
 
 
 def test_verify_agrees_with_pytorch_and_counts_steps(shell: Shell) -> None:
