@@ -39,7 +39,9 @@ def best_learning_rates(task_key: str, path: Path = RESULT) -> dict[str, float]:
     """The learning rate per scheme that won the committed sweep. LookupError where the task has not been swept."""
     results = json.loads(path.read_text(encoding="utf-8"))
     if task_key not in results:
-        raise LookupError(f"{path} has no learning rates for {task_key}: `python -m benchmarks.sweep --tasks {task_key}`")
+        raise LookupError(
+            f"{path} has no learning rates for {task_key}: `python -m benchmarks.sweep --tasks {task_key}`"
+        )
     schemes = results[task_key]["schemes"]
     return {name: float(result["best_learning_rate"]) for name, result in schemes.items()}
 
