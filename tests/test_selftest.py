@@ -19,6 +19,7 @@ from pockc.errors import UserError
 from pockc.golden import MAX_BYTES, golden_vectors
 from pockc.optim import SGD
 from pockc.program import Program
+from pockc.session import Session
 
 pytestmark = [pytest.mark.torch, pytest.mark.native]
 
@@ -192,3 +193,20 @@ def test_large_outputs_are_left_to_the_loss(monkeypatch: pytest.MonkeyPatch, pro
 def test_example_of_every_input_is_needed(program: Program) -> None:
     with pytest.raises(UserError, match="train_step needs an example of 'pixel_values'"):
         golden_vectors(program, {"labels": np.zeros(2, np.int64)})
+
+
+def test_expectations_come_from_the_reference_kernels_unless_that_takes_minutes(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain: list[bool] = []
+
+    class Recorder(Session):
+        def __init__(self, path: Path, threads: int, *, reference_kernels: bool) -> None:
+            plain.append(reference_kernels)
+            super().__init__(path, threads, reference_kernels=reference_kernels)
+
+    monkeypatch.setattr("pockc.golden.Session", Recorder)
+    golden_vectors(program, convolutions()[1])
+    monkeypatch.setattr("pockc.golden.MAX_REFERENCE_WORK", 1000)
+    golden_vectors(program, convolutions()[1])
+    assert plain == [True] * 3 + [False] * 3
