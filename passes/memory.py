@@ -14,7 +14,7 @@ from pockc.passes.lifetimes import ALIGNMENT as ALIGNMENT
 from pockc.passes.lifetimes import Buffer, buffers, updates_in_place
 from pockc.passes.lifetimes import aligned as aligned
 
-MOST_ROUNDS = 150  # attempts to repair one order
+MOST_ROUNDS = 120  # attempts to repair one order
 MOST_VISITS = 4_000_000  # pairs of buffers that are alive together, over the attempts: large plans get fewer
 TOLERANCE = 1000  # part of the lower bound that is not worth more attempts
 
@@ -97,16 +97,22 @@ def plan(intervals: Sequence[Interval]) -> tuple[list[int], int]:
 
 
 def _orders(intervals: Sequence[Interval]) -> tuple[list[int], ...]:
-    """In which order to place: by size, bytes times calls, calls, and by time."""
+    """In which order to place: by size, by bytes times calls, outwards from the call at the peak, and by time."""
     count = range(len(intervals))
+    peak = int(live_bytes(intervals).argmax()) - 1
     size = [aligned(interval.nbytes) for interval in intervals]
     span = [interval.last - interval.first + 1 for interval in intervals]
     first = [interval.first for interval in intervals]
+    last = [interval.last for interval in intervals]
+    distance = [max(interval.first - peak, peak - interval.last, 0) for interval in intervals]
     return (
         sorted(count, key=lambda i: (-size[i], first[i])),
         sorted(count, key=lambda i: (-size[i] * span[i], first[i])),
-        sorted(count, key=lambda i: (-span[i], -size[i])),
-        sorted(count, key=lambda i: (first[i], -size[i])),
+        sorted(count, key=lambda i: (distance[i], -last[i], -size[i])),
+        sorted(count, key=lambda i: (distance[i], -span[i])),
+        sorted(count, key=lambda i: (distance[i] > 0, -span[i], first[i])),
+        sorted(count, key=lambda i: (distance[i], -size[i])),
+        sorted(count, key=lambda i: (-last[i], -size[i])),
         sorted(count, key=lambda i: (first[i], -span[i])),
     )
 
