@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -82,8 +83,14 @@ def plan(intervals: Sequence[Interval]) -> tuple[list[int], int]:
 
     Deterministic. Offsets are multiples of ALIGNMENT.
     """
+    offsets, total = _plan(tuple(intervals))
+    return list(offsets), total
+
+
+@lru_cache(maxsize=16)  # the scheduler asks what its order needs, and then the order is planned
+def _plan(intervals: tuple[Interval, ...]) -> tuple[tuple[int, ...], int]:
     if not intervals:
-        return [], 0
+        return (), 0
     placer = _Placer(intervals)
     good_enough = placer.bound + placer.bound // TOLERANCE
     orders = _orders(intervals)
@@ -91,9 +98,9 @@ def plan(intervals: Sequence[Interval]) -> tuple[list[int], int]:
     for attempt in (placer.place, placer.repaired):
         for order in orders:
             if best.total <= good_enough:
-                return best.offsets, best.total
+                return tuple(best.offsets), best.total
             best = min(best, attempt(order, best.total - 1), key=_Placed.quality)
-    return best.offsets, best.total
+    return tuple(best.offsets), best.total
 
 
 def _orders(intervals: Sequence[Interval]) -> tuple[list[int], ...]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterable
 from dataclasses import replace
 
 from pockc.ir import Builder, Graph, Node, Origin
-from pockc.passes import schedule_exact, schedule_greedy, schedule_window
+from pockc.passes import memory, schedule_exact, schedule_greedy, schedule_window
 from pockc.passes.lifetimes import readers_of_states, updates_in_place
 from pockc.passes.schedule_model import problem_of
 from pockc.recipe import Recipe
 
 EXACT_NODES = 40  # graphs up to this size get the best order of all,
 EXACT_BUDGET = 50_000  # unless the search has to visit more sets of nodes than this
+FITS_WELL = 1.003  # planned by live bytes, from which on another order is tried
 
 
 def run(graph: Graph, recipe: Recipe) -> Graph:
@@ -101,15 +103,27 @@ def _reachable(start: int, followers: list[list[int]]) -> set[int]:
 
 
 def _smallest(graph: Graph, recipe: Recipe) -> Graph:
-    """The nodes in the order of least peak memory that the searches find."""
+    """The nodes in the order of least peak memory that the searches find.
+
+    Where buffers do not fit together well in that order, a large graph may get a similar one that needs less in all.
+    """
     problem = problem_of(graph, recipe.workspace)
     given = tuple(range(problem.count))
     least = problem.lower_bound()
     order = schedule_greedy.improved(problem, given, least)
     if problem.count <= EXACT_NODES:
         order, _ = schedule_exact.optimum(problem, order, EXACT_BUDGET)
-    else:
-        order = schedule_window.refined(problem, order, least)
+        return _ordered(graph, order)
+    order = schedule_window.refined(problem, order, least)
+    best = _ordered(graph, order)
+    placement = memory.run(best, recipe.workspace)
+    if placement.nbytes <= placement.max_live_bytes * FITS_WELL:
+        return best
+    similar = _ordered(graph, schedule_greedy.order_under(problem, order, problem.peak(order)))
+    return min(best, similar, key=lambda ordered: memory.run(ordered, recipe.workspace).nbytes)
+
+
+def _ordered(graph: Graph, order: Iterable[int]) -> Graph:
     return replace(graph, nodes=tuple(graph.nodes[index] for index in order))
 
 
