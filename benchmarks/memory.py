@@ -26,6 +26,7 @@ import argparse
 import json
 import math
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -43,11 +44,12 @@ from torch import nn
 import pockc
 from benchmarks import memory_peer, memory_plans, report, zoo
 from pockc import abi
+from pockc.memory_report import LiveTensor
 from pockc.parity import LOSS_TOLERANCE
 from pockc.program import states
 
 PROCESS_SHARE, PROCESS_BYTES = 0.03, 1 << 20  # that resident memory may differ from the plan
-TENSORS_SHOWN = 12  # of those alive at the peak, per case, in the JSON
+GROUPS_SHOWN = 12  # of the tensors alive at the peak, per case
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +209,7 @@ def plan_case(case: Case) -> Plan:
         arena_bytes=memory.arena_bytes,
         mapped_bytes=memory.peak_bytes - memory.arena_bytes,
         by_kind=dict(memory.by_kind),
-        at_peak=tuple(asdict(tensor) for tensor in memory.tensors_at_peak[:TENSORS_SHOWN]),
+        at_peak=tuple(group_tensors(memory.tensors_at_peak)[:GROUPS_SHOWN]),
         tightness=memory_plans.tightness_of(program, case.model, case.scheme),
         entries={name: placement.nbytes for name, placement in program.placements.items()},
         allocated_bytes=allocated.arena_bytes,
@@ -216,6 +218,20 @@ def plan_case(case: Case) -> Plan:
         loss=loss,
         process=process,
     )
+
+
+def group_tensors(tensors: Sequence[LiveTensor]) -> list[dict[str, Any]]:
+    """Tensors with trained parameters left out, those that differ by a number in their names as one, largest first."""
+    groups: dict[tuple[str, ...], dict[str, Any]] = {}
+    for tensor in tensors:
+        if tensor.kind == "parameters":
+            continue
+        name, module = re.sub(r"_\d+$", "", tensor.name), re.sub(r"\d+", "#", tensor.module)
+        labels = {"kind": tensor.kind, "name": name, "type": tensor.type, "module": module}
+        group = groups.setdefault(tuple(labels.values()), {**labels, "count": 0, "nbytes": 0})
+        group["count"] += 1
+        group["nbytes"] += tensor.nbytes
+    return sorted(groups.values(), key=lambda group: -int(group["nbytes"]))
 
 
 def _model_bytes(model: nn.Module) -> int:
@@ -305,6 +321,19 @@ def print_cases(results: Sequence[Result], judged: bool) -> None:
     )  # fmt: skip
 
 
+def print_peaks(results: Sequence[Result]) -> None:
+    """What is alive at the peak of each case, trained parameters left out."""
+    for result in results:
+        rows = [
+            [group["name"], group["module"], group["kind"], group["type"], group["count"],
+             report.megabytes(group["nbytes"])]
+            for group in result.plan.at_peak
+            if group["nbytes"] >= 0.01 * result.plan.added_bytes
+        ]  # fmt: skip
+        columns = ["tensor", "module", "kind", "type", "count", "MB"]
+        report.print_table(f"Alive at the peak of {result.case.title}, from 1% on", columns, rows)
+
+
 def _bar_text(result: Result) -> str:
     case = result.case
     if case.arena_at_most is not None:
@@ -349,7 +378,7 @@ def plot(results: Sequence[Result], path: Path) -> None:
     axes.set(title="What a training step adds to the parameters", xlabel="MB, logarithmic")
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
-    axes.legend(loc="upper right")
+    axes.legend(loc="lower right")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     pyplot.close(figure)
@@ -386,6 +415,7 @@ def run(
     bars = [bar for result in results for bar in result.bars(judged=not quick)]
     bars += memory_plans.tightness_bars(tightness)
     print_cases(results, judged=not quick)
+    print_peaks([result for result in results if not all(bar.met for bar in result.bars(judged=not quick))])
     if published:
         memory_plans.print_published(published)
     if quick:

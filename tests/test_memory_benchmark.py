@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import memory, memory_peer, memory_plans, zoo
+from pockc.memory_report import LiveTensor
 
 pytestmark = pytest.mark.torch
 
@@ -51,6 +52,19 @@ def test_figure_that_the_runtime_contradicts_misses_a_bar(changes: dict[str, Any
     result = memory.Result(memory.CASES[0], plan_of(**changes), {"contiguous": ANSWER})
 
     assert len([bar for bar in result.bars(judged=False) if not bar.met]) == 1
+
+
+def test_tensors_that_differ_by_a_number_count_as_one_group() -> None:
+    names = [("conv2d_1", "features.1.conv"), ("conv2d_22", "features.2.conv"), ("add", "features.2")]
+    tensors = [LiveTensor(name, "f32[16]", 64, "saved_activations", module, "") for name, module in names]
+    parameter = LiveTensor("features.1.conv.weight", "f32[99]", 448, "parameters", "features.1.conv", "")
+
+    groups = memory.group_tensors([*tensors, parameter])
+
+    assert [(group["name"], group["module"], group["count"], group["nbytes"]) for group in groups] == [
+        ("conv2d", "features.#.conv", 2, 128),
+        ("add", "features.#", 1, 64),
+    ]
 
 
 def test_high_water_mark_sees_memory_that_is_freed_again() -> None:
