@@ -25,6 +25,7 @@ from pockc.passes import (
     layout,
     reorder,
     slice_updates,
+    split_prefix,
 )
 from pockc.recipe import Recipe
 from pockc.verify import Level, verify
@@ -73,6 +74,7 @@ LOWER: tuple[Pass, ...] = (
     Pass("dce", dce.run),
     Pass("fuse", fuse.run, "lowered", optional=True),  # after differentiation: gradients read unfused nodes
     Pass("duplicate", duplicate.run, "lowered", optional=True),  # before the order is chosen
+    Pass("split-prefix", split_prefix.run, "lowered", optional=True),  # after the last pass that adds readers
     Pass("reorder", reorder.run, "lowered"),
 )
 

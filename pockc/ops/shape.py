@@ -1,8 +1,10 @@
-"""Ops that move elements: reshape, transpose, slice, concat, expand, pad, take."""
+"""Ops that move elements: reshape, transpose, slice, insert, concat, expand, pad, take."""
 
 from __future__ import annotations
 
+from functools import partial
 from math import prod
+from typing import Any
 
 import numpy as np
 
@@ -151,6 +153,43 @@ define(
             lambda t, ct: t.zeros(2, 7, 3, dtype=ct.dtype).index_copy(1, t.tensor([1, 3, 5]), ct),
         ),
     ],
+)
+
+
+# insert: what fills a tensor part by part; the lowering alone makes it, after differentiation
+
+
+def _insert_rule(base: TensorType, part: TensorType, *, axis: int, start: int) -> TensorType:
+    require_axis(axis, len(base.shape))
+    fits = part.dtype == base.dtype and len(part.shape) == len(base.shape)
+    fits = fits and _replaced(part.shape, axis, 1) == _replaced(base.shape, axis, 1)
+    require(fits, f"{part} and {base} do not line up along axis {axis}")
+    stop = start + part.shape[axis]
+    require(start >= 0 and stop <= base.shape[axis], f"the range {start}:{stop} is outside axis {axis} of {base}")
+    return base
+
+
+def _insert(base: Array, part: Array, *, axis: int, start: int) -> Array:
+    result = base.copy()
+    result[_index(base.ndim, axis, slice(start, start + part.shape[axis]))] = part
+    return result
+
+
+def _torch_insert(torch: Any, base: Any, part: Any, axis: int, start: int) -> Any:
+    return base.index_copy(axis, torch.arange(start, start + part.shape[axis]), part)
+
+
+define(
+    "insert",
+    type_rule=_insert_rule,
+    reference=_insert,
+    samples=[
+        Sample((f32(5, 3), f32(2, 3)), {"axis": 0, "start": 1}, partial(_torch_insert, axis=0, start=1)),
+        Sample((f32(2, 5, 3), f32(2, 2, 3)), {"axis": 1, "start": 3}, partial(_torch_insert, axis=1, start=3)),
+        Sample((i64(4), i64(4)), {"axis": 0, "start": 0}, partial(_torch_insert, axis=0, start=0)),
+        Sample((boolean(3, 2), boolean(1, 2)), {"axis": 0, "start": 2}, partial(_torch_insert, axis=0, start=2)),
+    ],
+    in_place=(0,),
 )
 
 

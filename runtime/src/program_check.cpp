@@ -73,11 +73,12 @@ Status check_arguments(const Program& program, const EntryRecord& entry,
   return PK_OK;
 }
 
-// Ops that read and write element by element, so that integers may be replaced in place. Others may use
-// integers as indices, which must not change between the kernel's range check and their use.
-bool is_elementwise(const std::string& op) {
-  static const char* const kOps[] = {"add", "sub",  "mul",     "maximum",     "minimum",    "neg",
-                                     "abs", "copy", "reshape", "logical_and", "logical_or", "logical_not"};
+// Ops that read and write element by element, or only move bytes, so that integers may be replaced in place.
+// Others may use integers as indices, which must not change between the kernel's range check and their use.
+bool replaces_integers(const std::string& op) {
+  static const char* const kOps[] = {"add",         "sub",        "mul",        "maximum", "minimum",
+                                     "neg",         "abs",        "copy",       "reshape", "insert",
+                                     "logical_and", "logical_or", "logical_not"};
   for (const char* name : kOps) {
     if (op == name) return true;
   }
@@ -88,7 +89,7 @@ bool is_elementwise(const std::string& op) {
 bool may_share(const TensorRecord& input, const TensorRecord& output, const std::string& op) {
   const bool same = input.offset == output.offset && input.bytes == output.bytes;
   if (!same || input.type.dtype != output.type.dtype) return false;
-  return output.type.dtype == DType::kF32 || is_elementwise(op);
+  return output.type.dtype == DType::kF32 || replaces_integers(op);
 }
 
 const char* find_overlap(const Program& program, const CallRecord& call) {

@@ -68,6 +68,7 @@ OPS = frozenset(
         "transpose",
         "slice",
         "slice_grad",
+        "insert",
         "concat",
         "expand",
         "pad",

@@ -1,0 +1,153 @@
+"""Runs the first part of the network in micro-batches, so that its activations never exist for the whole batch.
+
+What the backward pass does not read is needed by the next layer alone. Up to the first trained layer that is every
+activation, and early ones are the largest. Only the boundary, the values that cross from this prefix to the rest, is
+kept for all samples. Evaluation and inference keep nothing but the predictions: there the prefix is all of the network.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from pockc.ir import Graph, Value
+from pockc.ops import OPS
+from pockc.passes import reorder
+from pockc.passes.lifetimes import buffers
+from pockc.passes.memory import Interval, Workspace, live_bytes
+from pockc.passes.micro_batches import Cut, Network, Part, analyse, cut_behind, split
+from pockc.passes.schedule_greedy import order_under
+from pockc.passes.schedule_model import problem_of
+from pockc.recipe import Recipe, no_workspace
+
+LEAST_GAIN = 0.01  # of the peak: for less, the graph is not worth making longer
+MOST_CUTS = 12  # candidates that are planned; the estimate that ranks them is close
+MOST_NODES = 8192  # of a prefix in micro-batches: more calls would take too long to plan
+
+
+def run(graph: Graph, recipe: Recipe) -> Graph:
+    """The graph with that prefix, in those micro-batches, that make the peak smallest.
+
+    The peak is that of a simple order, which `reorder` may improve. Of equal peaks the largest micro-batch is chosen,
+    then the shortest prefix. A prefix may contain trained parameters: the boundary then has what their gradients need.
+
+    Pre:  no later pass adds readers of activations.
+    Post: the same function; where that lowers the peak by `LEAST_GAIN`, every node of a prefix, which is batch-parallel
+          by the rules of `batch_rules`, runs once per micro-batch, and `insert` puts the boundary together.
+    """
+    batch = _batch(graph)
+    if batch < 2:
+        return graph
+    network = analyse(_scheduled(graph, recipe), batch)
+    best = _best(network, recipe.workspace)
+    if best is None:
+        return graph
+    cut, size = best
+    candidates = [split(network, cut, _parts(batch, size), ahead=ahead) for ahead in (False, True)]
+    return min(candidates, key=lambda candidate: _live(candidate, recipe.workspace).max())
+
+
+def _batch(graph: Graph) -> int:
+    """The leading size that most inputs share; 0 without inputs."""
+    sizes = [value.type.shape[0] for value in graph.inputs if value.type.shape]
+    return max(sizes, key=sizes.count, default=0)
+
+
+def _scheduled(graph: Graph, recipe: Recipe) -> Graph:
+    """The order of `reorder`, with every free chain as early as it can run.
+
+    Away from the peak `reorder` is content with any order. Here each value is to be counted at its smallest: a mask
+    that stands for an activation in the backward pass must be made before the cut, or the activation crosses it.
+    """
+    graph = reorder.run(graph, recipe)
+    if "reorder" in recipe.disabled:
+        return graph
+    problem = problem_of(graph, recipe.workspace)
+    order = order_under(problem, tuple(range(problem.count)), sys.maxsize)
+    return replace(graph, nodes=tuple(graph.nodes[index] for index in order))
+
+
+def _best(network: Network, workspace: Workspace) -> tuple[Cut, int] | None:
+    """The cut with the smallest peak and its micro-batch; None where none is worth it."""
+    plans: list[tuple[int, Cut, list[int]]] = []
+    for cut in _promising(network, workspace):
+        sizes = _sizes(network.batch, len(cut.nodes))
+        if sizes:
+            plans.append((_peak_of_split(network, cut, sizes[-1], workspace), cut, sizes))
+    smallest = min((peak for peak, _, _ in plans), default=0)
+    if not plans or smallest > (1 - LEAST_GAIN) * _live(network.graph, workspace).max():
+        return None
+    choices: list[tuple[Cut, int]] = []
+    for peak, cut, sizes in plans:
+        if peak == smallest:
+            fits = (size for size in sizes if _peak_of_split(network, cut, size, workspace) <= smallest)
+            choices.append((cut, next(fits)))
+    return min(choices, key=lambda choice: (-choice[1], len(choice[0].nodes)))
+
+
+def _sizes(batch: int, nodes: int) -> list[int]:
+    """Micro-batches to choose from, the largest first."""
+    powers = [2**exponent for exponent in range(batch.bit_length()) if 2**exponent < batch]
+    return [size for size in reversed(powers) if nodes * len(_parts(batch, size)) <= MOST_NODES]
+
+
+def _parts(batch: int, size: int) -> list[Part]:
+    return [(start, min(size, batch - start)) for start in range(0, batch, size)]
+
+
+def _promising(network: Network, workspace: Workspace) -> list[Cut]:
+    """The cuts with the smallest estimated peaks for single samples.
+
+    The estimate takes the live bytes of the whole-batch order, divides those in front of the cut by the batch, and adds
+    to them the inputs, the boundary and the workspace.
+    """
+    live = _live(network.graph, no_workspace)[1:]  # by call: without what the inputs hold before the first
+    rest = np.maximum.accumulate(_live(network.graph, workspace)[:0:-1])[::-1]
+    calls = {node: call for call, node in enumerate(network.graph.nodes)}
+    inputs = sum(value.type.nbytes for value in network.graph.inputs)
+    boundaries = _boundary_bytes(network)
+    front = 0
+    estimates: list[tuple[int, int]] = []
+    for count, (node, boundary) in enumerate(zip(network.roles, boundaries, strict=True), start=1):
+        call = calls[node]
+        front = max(front, (int(live[call]) - inputs) // network.batch + workspace(node))
+        estimates.append((max(inputs + boundary + front, int(rest[call + 1])), count))
+    nodes = tuple(network.roles)
+    cuts = (cut_behind(network, nodes[:count]) for _, count in sorted(estimates)[:MOST_CUTS])
+    return list({cut.nodes: cut for cut in cuts if cut.nodes}.values())
+
+
+def _boundary_bytes(network: Network) -> list[int]:
+    """What crosses behind each node of the prefix; a view crosses with what it views."""
+    unread = {value: len(nodes) + (value in network.results) for value, nodes in network.readers.items()}
+    unread.update({value: unread.get(value, 1) for value in network.results})
+    crossing: dict[Value, int] = {}
+    total = 0
+    totals: list[int] = []
+    for node in network.roles:
+        for value in dict.fromkeys(node.inputs):
+            unread[value] -= 1
+            if unread[value] == 0:
+                total -= crossing.pop(value, 0)
+        for value in node.outputs:
+            if unread.get(value) and not (OPS[node.op].view and node.inputs[0] in crossing):
+                crossing[value] = value.type.nbytes
+                total += value.type.nbytes
+        totals.append(total)
+    return totals
+
+
+def _live(graph: Graph, workspace: Workspace) -> npt.NDArray[np.int64]:
+    planned = [buffer for buffer in dict.fromkeys(buffers(graph).values()) if buffer.state is None]
+    scratch = [Interval(call, call, workspace(node)) for call, node in enumerate(graph.nodes)]
+    return live_bytes([*(Interval(b.first, b.last, b.nbytes) for b in planned), *scratch])
+
+
+def _peak_of_split(network: Network, cut: Cut, size: int, workspace: Workspace) -> int:
+    """The peak with micro-batches of that size; those between the second and the last are like the second."""
+    parts = _parts(network.batch, size)
+    parts = parts if len(parts) <= 3 else [*parts[:2], parts[-1]]
+    return int(_live(split(network, cut, parts), workspace).max())
