@@ -37,7 +37,10 @@ class Cut:
 
 
 def analyse(graph: Graph, batch: int) -> Network:
-    """The network of a scheduled graph whose inputs share a batch in axis 0."""
+    """The network of a scheduled graph whose inputs share a batch in axis 0.
+
+    What the backward pass makes of activations counts where it is made before the forward pass ends.
+    """
     batched = {value for value in graph.inputs if value.type.shape[:1] == (batch,)}
     independent = set(graph.states)
     new_states = set(graph.updates.values())
@@ -52,6 +55,8 @@ def analyse(graph: Graph, batch: int) -> Network:
         if found is not None and new_states.isdisjoint(node.outputs):
             known[node] = found
             batched.update(node.outputs)
+    forward = [i for i, node in enumerate(known) if node.origin.phase == "forward"]
+    known = dict(list(known.items())[: max(forward, default=-1) + 1])
     return Network(graph, batch, known, graph.consumers(), frozenset(graph.results()))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,8 +32,8 @@ MOST_NODES = 8192  # of a prefix in micro-batches: more calls would take too lon
 def run(graph: Graph, recipe: Recipe) -> Graph:
     """The graph with that prefix, in those micro-batches, that make the peak smallest.
 
-    The peak is that of a simple order, which `reorder` may improve. Of equal peaks the largest micro-batch is chosen,
-    then the shortest prefix. A prefix may contain trained parameters: the boundary then has what their gradients need.
+    Candidates are compared in a simple order, the best of them once more in that of `reorder`. Micro-batches are as
+    large as costs no peak. A prefix may contain trained parameters: the boundary then has what their gradients need.
 
     Pre:  no later pass adds readers of activations.
     Post: the same function; where that lowers the peak by `LEAST_GAIN`, every node of a prefix, which is batch-parallel
@@ -41,13 +42,17 @@ def run(graph: Graph, recipe: Recipe) -> Graph:
     batch = _batch(graph)
     if batch < 2:
         return graph
-    network = analyse(_scheduled(graph, recipe), batch)
-    best = _best(network, recipe.workspace)
-    if best is None:
+    ordered = reorder.run(graph, recipe)
+    network = analyse(_eager(ordered, recipe), batch)
+    cut, sizes = _best(network, recipe.workspace)
+    if not sizes:
         return graph
-    cut, size = best
-    candidates = [split(network, cut, _parts(batch, size), ahead=ahead) for ahead in (False, True)]
-    return min(candidates, key=lambda candidate: _live(candidate, recipe.workspace).max())
+    reached, after = _reordered(network, cut, sizes[-1], recipe)
+    if reached > (1 - LEAST_GAIN) * _live(ordered, recipe.workspace).max():
+        return graph
+    limit = max(reached, _peaks(network, cut, sizes[-1], recipe.workspace).prefix)
+    size = next(size for size in sizes if _peaks(network, cut, size, recipe.workspace).prefix <= limit)
+    return after if size == sizes[-1] else _reordered(network, cut, size, recipe)[1]
 
 
 def _batch(graph: Graph) -> int:
@@ -56,13 +61,12 @@ def _batch(graph: Graph) -> int:
     return max(sizes, key=sizes.count, default=0)
 
 
-def _scheduled(graph: Graph, recipe: Recipe) -> Graph:
-    """The order of `reorder`, with every free chain as early as it can run.
+def _eager(graph: Graph, recipe: Recipe) -> Graph:
+    """The graph with every free chain as early as it can run.
 
     Away from the peak `reorder` is content with any order. Here each value is to be counted at its smallest: a mask
     that stands for an activation in the backward pass must be made before the cut, or the activation crosses it.
     """
-    graph = reorder.run(graph, recipe)
     if "reorder" in recipe.disabled:
         return graph
     problem = problem_of(graph, recipe.workspace)
@@ -70,22 +74,30 @@ def _scheduled(graph: Graph, recipe: Recipe) -> Graph:
     return replace(graph, nodes=tuple(graph.nodes[index] for index in order))
 
 
-def _best(network: Network, workspace: Workspace) -> tuple[Cut, int] | None:
-    """The cut with the smallest peak and its micro-batch; None where none is worth it."""
-    plans: list[tuple[int, Cut, list[int]]] = []
+def _best(network: Network, workspace: Workspace) -> tuple[Cut, list[int]]:
+    """The cut with the smallest peak, and its micro-batches.
+
+    What follows the last node that could be in a prefix is the same for all cuts, and not counted: were it higher than
+    the rest, all would seem equal, but `reorder` may lower it.
+    """
+    plans: list[tuple[int, int, int, Cut]] = []
     for cut in _promising(network, workspace):
-        sizes = _sizes(network.batch, len(cut.nodes))
-        if sizes:
-            plans.append((_peak_of_split(network, cut, sizes[-1], workspace), cut, sizes))
-    smallest = min((peak for peak, _, _ in plans), default=0)
-    if not plans or smallest > (1 - LEAST_GAIN) * _live(network.graph, workspace).max():
-        return None
-    choices: list[tuple[Cut, int]] = []
-    for peak, cut, sizes in plans:
-        if peak == smallest:
-            fits = (size for size in sizes if _peak_of_split(network, cut, size, workspace) <= smallest)
-            choices.append((cut, next(fits)))
-    return min(choices, key=lambda choice: (-choice[1], len(choice[0].nodes)))
+        if sizes := _sizes(network.batch, len(cut.nodes)):
+            peaks = _peaks(network, cut, sizes[-1], workspace)
+            plans.append((max(peaks), peaks.prefix, len(cut.nodes), cut))
+    if not plans:
+        return Cut((), ()), []
+    *_, cut = min(plans, key=lambda plan: plan[:3])
+    return cut, _sizes(network.batch, len(cut.nodes))
+
+
+def _reordered(network: Network, cut: Cut, size: int, recipe: Recipe) -> tuple[int, Graph]:
+    """The split graph in its final order, with its peak: with inputs taken apart first where that is better."""
+    parts = _parts(network.batch, size)
+    candidates = [split(network, cut, parts, ahead=ahead) for ahead in (False, True)]
+    best = min(candidates, key=lambda candidate: _live(candidate, recipe.workspace).max())
+    after = reorder.run(best, recipe)
+    return int(_live(after, recipe.workspace).max()), after
 
 
 def _sizes(batch: int, nodes: int) -> list[int]:
@@ -104,18 +116,20 @@ def _promising(network: Network, workspace: Workspace) -> list[Cut]:
     The estimate takes the live bytes of the whole-batch order, divides those in front of the cut by the batch, and adds
     to them the inputs, the boundary and the workspace.
     """
-    live = _live(network.graph, no_workspace)[1:]  # by call: without what the inputs hold before the first
-    rest = np.maximum.accumulate(_live(network.graph, workspace)[:0:-1])[::-1]
     calls = {node: call for call, node in enumerate(network.graph.nodes)}
+    nodes = tuple(network.roles)
+    if not nodes:
+        return []
+    live = _live(network.graph, no_workspace)[1:]  # by call: without what the inputs hold before the first
+    shared = _live(network.graph, workspace)[1 : calls[nodes[-1]] + 2]
+    rest = np.append(np.maximum.accumulate(shared[::-1])[::-1], 0)
     inputs = sum(value.type.nbytes for value in network.graph.inputs)
-    boundaries = _boundary_bytes(network)
     front = 0
     estimates: list[tuple[int, int]] = []
-    for count, (node, boundary) in enumerate(zip(network.roles, boundaries, strict=True), start=1):
+    for count, (node, boundary) in enumerate(zip(nodes, _boundary_bytes(network), strict=True), start=1):
         call = calls[node]
         front = max(front, (int(live[call]) - inputs) // network.batch + workspace(node))
         estimates.append((max(inputs + boundary + front, int(rest[call + 1])), count))
-    nodes = tuple(network.roles)
     cuts = (cut_behind(network, nodes[:count]) for _, count in sorted(estimates)[:MOST_CUTS])
     return list({cut.nodes: cut for cut in cuts if cut.nodes}.values())
 
@@ -146,8 +160,16 @@ def _live(graph: Graph, workspace: Workspace) -> npt.NDArray[np.int64]:
     return live_bytes([*(Interval(b.first, b.last, b.nbytes) for b in planned), *scratch])
 
 
-def _peak_of_split(network: Network, cut: Cut, size: int, workspace: Workspace) -> int:
-    """The peak with micro-batches of that size; those between the second and the last are like the second."""
+class _Peaks(NamedTuple):
+    prefix: int  # up to the call that completes the boundary
+    rest: int  # from there to the last node that could be in a prefix
+
+
+def _peaks(network: Network, cut: Cut, size: int, workspace: Workspace) -> _Peaks:
+    """The peaks with micro-batches of that size; those between the second and the last are like the second."""
     parts = _parts(network.batch, size)
-    parts = parts if len(parts) <= 3 else [*parts[:2], parts[-1]]
-    return int(_live(split(network, cut, parts), workspace).max())
+    after = split(network, cut, parts if len(parts) <= 3 else [*parts[:2], parts[-1]])
+    live = _live(after, workspace)
+    behind = 2 + max(call for call, node in enumerate(after.nodes) if node.op == "insert")
+    tail = next(count for count, node in enumerate(reversed(network.graph.nodes)) if node in network.roles)
+    return _Peaks(int(live[:behind].max()), int(live[behind : 1 + len(after.nodes) - tail].max(initial=0)))
