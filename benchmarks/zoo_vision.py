@@ -8,6 +8,9 @@ from torch.nn import functional as F
 
 # The images on which the statistics of randomly initialised networks are measured.
 _CALIBRATION_SHAPE = (4, 3, 96, 96)
+# Gamma at the end of a residual branch, relative to elsewhere. Trained networks start such branches near zero (Goyal et
+# al., 2017). At full strength a random network amplifies one unit's rounding into other losses within a few steps.
+_BRANCH_SCALE = 0.2
 
 
 def randomize_batchnorm(model: nn.Module) -> None:
@@ -23,6 +26,8 @@ def randomize_batchnorm(model: nn.Module) -> None:
         nn.init.normal_(norm.bias, 0.0, 0.1)
         norm.momentum = None  # running statistics become the plain average over batches, here of one
     with torch.no_grad():
+        for norm in _branch_ends(model):
+            norm.weight.mul_(_BRANCH_SCALE)
         model.train()(torch.randn(_CALIBRATION_SHAPE))
     model.eval()
     for norm, momentum in zip(norms, momenta, strict=True):
@@ -31,6 +36,17 @@ def randomize_batchnorm(model: nn.Module) -> None:
         assert norm.running_var is not None
         norm.running_mean += 0.1 * norm.running_var.sqrt() * torch.randn_like(norm.running_mean)
         norm.running_var *= torch.empty_like(norm.running_var).uniform_(0.8, 1.25)
+
+
+def _branch_ends(model: nn.Module) -> list[nn.BatchNorm2d]:
+    """The last norms of residual branches."""
+    ends: list[nn.BatchNorm2d] = []
+    for block in model.modules():
+        if isinstance(block, Bottleneck):
+            ends.append(block.bn3)
+        if isinstance(block, (InvertedResidual, EfficientNetBlock)) and block.use_residual:
+            ends.append([module for module in block.modules() if isinstance(module, nn.BatchNorm2d)][-1])
+    return ends
 
 
 def _initialize_convolutions(model: nn.Module) -> None:

@@ -22,7 +22,7 @@ def run(graph: Graph, recipe: Recipe) -> Graph:
     """Turn the outputs ``gradient:<p>`` into updates by the recipe's optimizer.
 
     Pre:  the outputs of `differentiate`, gradients of the loss over ``recipe.accumulation``.
-    Post: no gradient outputs; every trained parameter with a gradient, its slots, the step counters and, with
+    Post: the loss is the only output; every trained parameter with a gradient, its slots, the step counters and, with
           accumulation, the accumulators (set back to zero) are updated.
     """
     stage = _Stage(graph, recipe)
@@ -78,8 +78,8 @@ class _Stage:
         self.indices: dict[Value, tuple[Value, int]] = {}  # of channel-sparse parameters: indices and axis
 
     def finish(self) -> Graph:
-        outputs = {name: v for name, v in self.graph.outputs.items() if not name.startswith(PREFIX)}
-        return self.builder.build(outputs, self.updates)
+        """The step. Its only output is the loss: predictions would stay alive until the last update."""
+        return self.builder.build({"loss": self.graph.outputs["loss"]}, self.updates)
 
     def gradients(self) -> dict[Value, Value]:
         """Gradient of each trained parameter, cut to the channels that its scheme updates."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,15 @@ class TensorError:
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """Losses of each step (pockc, PyTorch) and the error of each trained tensor after the last, largest first."""
+    """Losses of each step (pockc, PyTorch) and the error of each trained tensor after the last, largest first.
+
+    ``noise`` is the same comparison of PyTorch in float32 with PyTorch in float64: what rounding alone does to these
+    steps. Where it is as large as the error, the steps are ill-conditioned: a unit may lie on the kink of its ReLU.
+    """
 
     losses: tuple[tuple[float, float], ...]
     tensors: tuple[TensorError, ...]
+    noise: Parity | None = None
 
     @property
     def worst_loss_error(self) -> float:
@@ -75,11 +80,13 @@ def verify_against_torch(
     threads: int = 1,
     reference_kernels: bool = False,
     disabled: frozenset[str] = frozenset(),
+    with_noise: bool = False,
 ) -> Parity:
     """Train a model for some steps in a session and in PyTorch eager, on the same seeded batches.
 
     The batches are the example inputs with their rows shuffled and, where they are real-valued, with noise; labels of a
-    named loss are random. Model, loss, optimizer, scheme and batchnorm are those of `pockc.build`.
+    named loss are random. Model, loss, optimizer, scheme and batchnorm are those of `pockc.build`. ``with_noise`` also
+    trains PyTorch in float64, and fills in `Parity.noise`.
 
     Raises:
         UserError: as `pockc.build`; or the model applies dropout.
@@ -110,6 +117,22 @@ def verify_against_torch(
             losses = [(session.train_step(**batch), reference.train_step(batch)) for batch in given]
             ours = session.parameters()
     theirs = reference.arrays()
+    parity = _compare(losses, ours, theirs, initial, zero)
+    if not with_noise:
+        return parity
+    exact = Reference(model, trained, loss, optimizer, options, batchnorm, accumulation, double=True)
+    exact_losses = [exact.train_step(batch) for batch in given]
+    pairs = [(float32, float64) for (_, float32), float64 in zip(losses, exact_losses, strict=True)]
+    return replace(parity, noise=_compare(pairs, theirs, exact.arrays(), initial, zero))
+
+
+def _compare(
+    losses: list[tuple[float, float]],
+    ours: Mapping[str, Array],
+    theirs: Mapping[str, Array],
+    initial: Mapping[str, Array],
+    zero: frozenset[str],
+) -> Parity:
     errors = [_tensor_error(name, ours, theirs, initial, name in zero) for name in theirs]
     return Parity(tuple(losses), tuple(sorted(errors, key=lambda error: -error.error)))
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator
@@ -235,6 +236,7 @@ def test_messages_about_damaged_files(golden: Callable[..., None], file: Path, t
         path = tmp_path / "model.pock"
         path.write_bytes(content)
         text = first_error(lambda path=path: read(path))  # type: ignore[misc]
+        text = re.sub(r"\b\d{4,}", "N", text)  # sizes vary: the metadata holds timings
         lines.append(f"{name}: {text.replace(str(tmp_path) + '/', '')}\n")
     golden("".join(lines))
 

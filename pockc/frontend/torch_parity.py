@@ -55,6 +55,7 @@ class Reference:
         model: Left as it is.
         trained: Names of the updated parameters with their channel selections.
         loss, loss_options, optimizer, batchnorm, accumulation: As for ``pockc.build``.
+        double: Compute in float64, to see how far float32 itself is from exact arithmetic.
 
     Raises:
         UserError: the model would apply dropout, whose random numbers differ between the two.
@@ -67,10 +68,13 @@ class Reference:
     loss_options: Mapping[str, float] = field(default_factory=dict)
     batchnorm: str = "fold"
     accumulation: int = 1
+    double: bool = False
 
     def __post_init__(self) -> None:
         _refuse_dropout(self.model)
         self.model = copy.deepcopy(self.model)
+        if self.double:
+            self.model.double()
         for module in self.model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.train(self.batchnorm == "train")
@@ -84,7 +88,7 @@ class Reference:
 
     def train_step(self, inputs: Mapping[str, Array]) -> float:
         """One (micro-)step; returns the loss before the update."""
-        loss = self._loss(_tensors(inputs))
+        loss = self._loss(_doubled(inputs) if self.double else _tensors(inputs))
         (loss / self.accumulation).backward()  # type: ignore[no-untyped-call]
         self.micro_steps += 1
         if self.micro_steps % self.accumulation == 0:
@@ -101,8 +105,7 @@ class Reference:
         The bias of an attention's keys is one: softmax does not see it.
         """
         double = copy.deepcopy(self.model).double()
-        values = {name: v.double() if v.is_floating_point() else v for name, v in _tensors(inputs).items()}
-        self._loss(values, double).backward()  # type: ignore[no-untyped-call]
+        self._loss(_doubled(inputs), double).backward()  # type: ignore[no-untyped-call]
         norms = {n: 0.0 if p.grad is None else float(p.grad.norm()) for n, p in double.named_parameters()}
         total = math.sqrt(sum(norm * norm for norm in norms.values()))
         return frozenset(name for name in self.trained if norms[name] <= 1e-12 * total)
@@ -242,3 +245,7 @@ def _named_output(output: Any, name: str) -> Tensor:
 
 def _tensors(inputs: Mapping[str, Array]) -> dict[str, Tensor]:
     return {name: torch.from_numpy(np.array(value)) for name, value in inputs.items()}
+
+
+def _doubled(inputs: Mapping[str, Array]) -> dict[str, Tensor]:
+    return {name: v.double() if v.is_floating_point() else v for name, v in _tensors(inputs).items()}

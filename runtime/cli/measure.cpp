@@ -1,6 +1,5 @@
 #include "measure.h"
 
-#include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -39,10 +38,17 @@ int64_t resident_bytes() {
   return fields == 2 ? resident * sysconf(_SC_PAGESIZE) : 0;
 }
 
+// Not getrusage: its ru_maxrss survives exec, and so reports the peak of a large parent.
 int64_t peak_resident_bytes() {
-  rusage usage{};
-  getrusage(RUSAGE_SELF, &usage);
-  return static_cast<int64_t>(usage.ru_maxrss) * 1024;
+  std::FILE* file = std::fopen("/proc/self/status", "r");
+  if (file == nullptr) return 0;
+  char line[256];
+  long long kibibytes = 0;
+  while (std::fgets(line, sizeof line, file) != nullptr) {
+    if (std::sscanf(line, "VmHWM: %lld kB", &kibibytes) == 1) break;
+  }
+  std::fclose(file);
+  return static_cast<int64_t>(kibibytes) * 1024;
 }
 
 double percentile(std::vector<double> values, double fraction) {

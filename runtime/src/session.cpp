@@ -30,6 +30,7 @@ Status Session::create(const Program& program, const SessionSettings& settings) 
   POCKC_TRY(allocate());
   for (BoundEntry& entry : entries_) set_pointers(&entry);
   set_initial_states();
+  program.file.drop_pages();  // the initial contents of trained states are not needed again
   mapped_bytes_ = count_mapped_bytes();
   return PK_OK;
 }
