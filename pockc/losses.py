@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from pockc.errors import UserError
 from pockc.ir import Builder, TensorType, Value
 
@@ -41,14 +43,17 @@ def rows(builder: Builder, logits: Value, labels: Value) -> tuple[Value, Value]:
     return logits, labels
 
 
-def shifted(builder: Builder, logits: Value, labels: Value) -> tuple[Value, Value]:
-    """For next-token prediction: logits of all but the last position, labels of all but the first."""
-    length = labels.type.shape[-1]
-    axis = len(labels.type.shape) - 1
+def next_tokens(builder: Builder, labels: Value, ignore_index: int) -> Value:
+    """The label of each position's next token; the last position, which has none, is ignored.
+
+    Shifting the labels and not the logits leaves the largest tensor of a language model, and its gradient, uncopied.
+    """
+    *leading, length = labels.type.shape
     if length < 2:
         raise UserError(f"causal_lm needs sequences of two tokens or more, found labels {labels.type}")
-    logits = builder("slice", logits, axis=axis, start=0, stop=length - 1)
-    return logits, builder("slice", labels, axis=axis, start=1, stop=length)
+    following = builder("slice", labels, axis=len(leading), start=1, stop=length)
+    none = builder.constant(np.full((*leading, 1), ignore_index), "i64", hint="no_label")
+    return builder("concat", following, none, axis=len(leading))
 
 
 def _cross_entropy(builder: Builder, logits: Value, labels: Value, options: Options) -> Value:
@@ -64,7 +69,8 @@ def _cross_entropy(builder: Builder, logits: Value, labels: Value, options: Opti
 
 
 def _causal_lm(builder: Builder, logits: Value, labels: Value, options: Options) -> Value:
-    return _cross_entropy(builder, *shifted(builder, logits, labels), options)
+    labels = next_tokens(builder, labels, int(options.get("ignore_index", -100)))
+    return _cross_entropy(builder, logits, labels, options)
 
 
 def _mean(builder: Builder, value: Value) -> Value:
