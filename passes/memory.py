@@ -48,7 +48,8 @@ def run(graph: Graph, workspace: Workspace) -> Placement:
     Pre:  `reorder` made every update in place or an explicit copy.
     Post: no two buffers that are alive at the same call overlap (`check` proves it).
     """
-    if late := [state.name for state in graph.updates if state not in updates_in_place(graph).values()]:
+    in_place = set(updates_in_place(graph).values())
+    if late := [state.name for state in graph.updates if state not in in_place]:
         raise InternalError(f"memory plan: the new values of {', '.join(late)} cannot be written in place")
     owner = buffers(graph)
     planned = [b for b in dict.fromkeys(owner.values()) if b.state is None]

@@ -109,15 +109,15 @@ def _smallest(graph: Graph, recipe: Recipe) -> Graph:
     """
     problem = problem_of(graph, recipe.workspace)
     given = tuple(range(problem.count))
-    least = problem.lower_bound()
+    least = max(problem.lower_bound(), recipe.sufficient)
     order = schedule_greedy.improved(problem, given, least)
-    if problem.count <= EXACT_NODES:
+    if problem.count <= EXACT_NODES and problem.peak(order) > least:
         order, _ = schedule_exact.optimum(problem, order, EXACT_BUDGET)
         return _ordered(graph, order)
     order = schedule_window.refined(problem, order, least)
     best = _ordered(graph, order)
     placement = memory.run(best, recipe.workspace)
-    if placement.nbytes <= placement.max_live_bytes * FITS_WELL:
+    if placement.nbytes <= max(placement.max_live_bytes * FITS_WELL, recipe.sufficient):
         return best
     similar = _ordered(graph, schedule_greedy.order_under(problem, order, problem.peak(order)))
     return min(best, similar, key=lambda ordered: memory.run(ordered, recipe.workspace).nbytes)

@@ -43,6 +43,8 @@ def run(graph: Graph, recipe: Recipe) -> Graph:
     if batch < 2:
         return graph
     ordered = reorder.run(graph, recipe)
+    if _live(ordered, recipe.workspace).max() <= recipe.sufficient:
+        return graph
     network = analyse(_eager(ordered, recipe), batch)
     cut, sizes = _best(network, recipe.workspace)
     if not sizes:

@@ -179,6 +179,8 @@ def _entries(
         return manager.run(name, (*passes, *LOWER), graph)
 
     entries = {"train_step": entry("train_step", TRAIN, common)}
+    planned = memory.run(entries["train_step"], manager.recipe.workspace).nbytes
+    manager.recipe = replace(manager.recipe, sufficient=planned)
     if manager.recipe.accumulation > 1:
         entries["accumulate"] = entry("accumulate", ACCUMULATE, common)
     entries["eval_step"] = entry("eval_step", EVAL, _without_updates(quiet))

@@ -27,6 +27,7 @@ class Recipe:
     ``loss`` is the name of a built-in loss, or None where the graph already has an output called ``loss``.
     ``accumulation`` is the number of micro-steps per optimizer step; ``threads`` sizes the kernels' workspaces,
     and ``workspace`` is the target's count of their bytes for a node: passes that weigh memory ask it.
+    ``sufficient`` is what another entry of the program takes of the arena anyway: below it no byte is worth a search.
     """
 
     trained: Mapping[str, Channels | None]
@@ -37,5 +38,6 @@ class Recipe:
     accumulation: int = 1
     threads: int = 1
     workspace: Callable[[Node], int] = no_workspace
+    sufficient: int = 0
     updated_buffers: frozenset[str] = frozenset()  # running statistics that a training entry updates
     disabled: frozenset[str] = frozenset()  # names of passes that the user switched off, for ablation
