@@ -27,7 +27,12 @@ def run(graph: Graph, recipe: Recipe) -> Graph:
     """
     if "reorder" in recipe.disabled:
         return _materialise_updates(graph)
-    return _smallest(_materialise_updates(_by_updates(_sink_cheap(graph))), recipe)
+    return _smallest(prepared(graph), recipe)
+
+
+def prepared(graph: Graph) -> Graph:
+    """The nodes in an order in which every update is in place, or an explicit `copy`."""
+    return _materialise_updates(_by_updates(_sink_cheap(graph)))
 
 
 def _sink_cheap(graph: Graph) -> Graph:

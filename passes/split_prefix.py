@@ -19,7 +19,7 @@ from pockc.ops import OPS
 from pockc.passes import reorder
 from pockc.passes.lifetimes import buffers
 from pockc.passes.memory import Interval, Workspace, live_bytes
-from pockc.passes.micro_batches import Cut, Network, Part, analyse, cut_behind, split
+from pockc.passes.micro_batches import Cut, Network, analyse, cut_behind, parts_of, split
 from pockc.passes.schedule_greedy import order_under
 from pockc.passes.schedule_model import problem_of
 from pockc.recipe import Recipe, no_workspace
@@ -39,13 +39,13 @@ def run(graph: Graph, recipe: Recipe) -> Graph:
     Post: the same function; where that lowers the peak by `LEAST_GAIN`, every node of a prefix, which is batch-parallel
           by the rules of `batch_rules`, runs once per micro-batch, and `insert` puts the boundary together.
     """
-    batch = _batch(graph)
+    batch = batch_of(graph)
     if batch < 2:
         return graph
     ordered = reorder.run(graph, recipe)
     if _live(ordered, recipe.workspace).max() <= recipe.sufficient:
         return graph
-    network = analyse(_eager(ordered, recipe), batch)
+    network = analyse(eager(ordered, recipe), batch)
     cut, sizes = _best(network, recipe.workspace)
     if not sizes:
         return graph
@@ -57,13 +57,13 @@ def run(graph: Graph, recipe: Recipe) -> Graph:
     return after if size == sizes[-1] else _reordered(network, cut, size, recipe)[1]
 
 
-def _batch(graph: Graph) -> int:
+def batch_of(graph: Graph) -> int:
     """The leading size that most inputs share; 0 without inputs."""
     sizes = [value.type.shape[0] for value in graph.inputs if value.type.shape]
     return max(sizes, key=sizes.count, default=0)
 
 
-def _eager(graph: Graph, recipe: Recipe) -> Graph:
+def eager(graph: Graph, recipe: Recipe) -> Graph:
     """The graph with every free chain as early as it can run.
 
     Away from the peak `reorder` is content with any order. Here each value is to be counted at its smallest: a mask
@@ -95,7 +95,7 @@ def _best(network: Network, workspace: Workspace) -> tuple[Cut, list[int]]:
 
 def _reordered(network: Network, cut: Cut, size: int, recipe: Recipe) -> tuple[int, Graph]:
     """The split graph in its final order, with its peak: with inputs taken apart first where that is better."""
-    parts = _parts(network.batch, size)
+    parts = parts_of(network.batch, size)
     candidates = [split(network, cut, parts, ahead=ahead) for ahead in (False, True)]
     best = min(candidates, key=lambda candidate: _live(candidate, recipe.workspace).max())
     after = reorder.run(best, recipe)
@@ -105,11 +105,7 @@ def _reordered(network: Network, cut: Cut, size: int, recipe: Recipe) -> tuple[i
 def _sizes(batch: int, nodes: int) -> list[int]:
     """Micro-batches to choose from, the largest first."""
     powers = [2**exponent for exponent in range(batch.bit_length()) if 2**exponent < batch]
-    return [size for size in reversed(powers) if nodes * len(_parts(batch, size)) <= MOST_NODES]
-
-
-def _parts(batch: int, size: int) -> list[Part]:
-    return [(start, min(size, batch - start)) for start in range(0, batch, size)]
+    return [size for size in reversed(powers) if nodes * len(parts_of(batch, size)) <= MOST_NODES]
 
 
 def _promising(network: Network, workspace: Workspace) -> list[Cut]:
@@ -169,7 +165,7 @@ class _Peaks(NamedTuple):
 
 def _peaks(network: Network, cut: Cut, size: int, workspace: Workspace) -> _Peaks:
     """The peaks with micro-batches of that size; those between the second and the last are like the second."""
-    parts = _parts(network.batch, size)
+    parts = parts_of(network.batch, size)
     after = split(network, cut, parts if len(parts) <= 3 else [*parts[:2], parts[-1]])
     live = _live(after, workspace)
     behind = 2 + max(call for call, node in enumerate(after.nodes) if node.op == "insert")

@@ -98,7 +98,7 @@ class Call:
 
     @property
     def phase(self) -> str:
-        """``forward``, ``backward`` or ``update``."""
+        """``forward``, ``backward``, ``recompute`` or ``update``."""
         return self.origin.rpartition("[")[2].rstrip("]") if self.origin.endswith("]") else "forward"
 
 

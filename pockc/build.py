@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 
-from pockc.errors import UserError
+from pockc.budget import Alternative, advised, within
+from pockc.errors import BudgetError, UserError
 from pockc.ir import Graph
 from pockc.losses import LOSSES
 from pockc.optim import AdamW, Optimizer
@@ -22,10 +24,12 @@ from pockc.scheme import Channels, Scheme, detect_family, resolve
 from pockc.targets import devices
 from pockc.targets.native import NATIVE, workspace_of
 
+Inputs = Mapping[str, Any] | tuple[Any, ...]
+
 
 def build(
     model: Any,
-    example_inputs: Mapping[str, Any] | tuple[Any, ...],
+    example_inputs: Inputs,
     loss: str | Callable[..., Any] | None = "cross_entropy",
     optimizer: Optimizer | None = None,
     scheme: str | Path | Scheme = "full",
@@ -35,6 +39,8 @@ def build(
     accumulation: int = 1,
     loss_options: Mapping[str, float] | None = None,
     seed: int = 0,
+    memory_budget: int | None = None,
+    micro_batch: int = 0,
     disabled: frozenset[str] = frozenset(),
     compare_full: bool = False,
 ) -> Program:
@@ -52,6 +58,10 @@ def build(
         accumulation: micro-steps whose mean gradient makes one optimizer step.
         loss_options: ``label_smoothing``, ``ignore_index`` (cross entropy), ``delta`` (huber).
         seed: of dropout and of random channel selections in presets.
+        memory_budget: bytes that arena and mapped weights may occupy together. The fastest program within it is built,
+            by computing activations again and by micro-batches whose gradients add up; without a budget, activations
+            are computed again where that costs next to nothing.
+        micro_batch: samples that run through the training step at a time; 0: all, or what a budget needs.
         disabled: names of optional passes to switch off.
         compare_full: also plan the scheme ``full``, and keep its memory in the metadata for comparison.
 
@@ -60,13 +70,56 @@ def build(
 
     Raises:
         UserError: something in the model, scheme or options is not supported, or makes no sense together.
+        BudgetError: nothing fits the memory budget; ``smallest`` is the least that something does fit.
     """
-    from pockc.frontend.torch import trace  # torch is an extra: only building needs it
-
     optimizer = optimizer or AdamW()
     _check_options(loss, batchnorm, accumulation)
+    if memory_budget is not None and memory_budget <= 0:
+        raise UserError(f"the memory budget is {memory_budget} bytes; it must be above 0")
+    options = Options(
+        loss=loss,
+        optimizer=optimizer,
+        scheme=scheme,
+        batchnorm=batchnorm,
+        device=device,
+        accumulation=accumulation,
+        loss_options=dict(loss_options or {}),
+        seed=seed,
+        memory_budget=memory_budget,
+        micro_batch=micro_batch,
+        disabled=disabled,
+        compare_full=compare_full,
+    )
+    try:
+        return _build(model, example_inputs, options)
+    except BudgetError as error:
+        raise advised(error, _alternatives(model, example_inputs, options)) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What `build` was asked for, beside model and inputs."""
+
+    loss: str | Callable[..., Any] | None
+    optimizer: Optimizer
+    scheme: str | Path | Scheme
+    batchnorm: BatchNorm
+    device: str
+    accumulation: int
+    loss_options: Mapping[str, float]
+    seed: int
+    memory_budget: int | None
+    micro_batch: int
+    disabled: frozenset[str]
+    compare_full: bool
+
+
+def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
+    from pockc.frontend.torch import trace  # torch is an extra: only building needs it
+
     started = time.perf_counter()
-    target = devices.find(device)
+    loss, batchnorm = options.loss, options.batchnorm
+    target = devices.find(options.device)
     imported = trace(model, example_inputs, loss=loss, batchnorm=batchnorm)
     needs_eval_graph = bool(getattr(model, "training", False)) or batchnorm == "train"
     evaluated = (
@@ -86,66 +139,94 @@ def build(
         return resolve(chosen, parameters, modules=modules, family=family, aliases=aliases, frozen=frozen)
 
     recipe = Recipe(
-        trained=resolved(scheme),
-        optimizer=optimizer,
+        trained=resolved(options.scheme),
+        optimizer=options.optimizer,
         loss=loss if isinstance(loss, str) else None,
-        loss_options=dict(loss_options or {}),
+        loss_options=options.loss_options,
         batchnorm=batchnorm,
-        accumulation=accumulation,
+        accumulation=options.accumulation,
         threads=target.threads,
         workspace=workspace_of(target.threads),
+        micro_batch=options.micro_batch,
         updated_buffers=frozenset(state.name for state in imported.graph.updates),
-        disabled=disabled,
+        disabled=options.disabled,
     )
-    manager = Manager(recipe, NATIVE.supports)
-    graphs = imported.graph, evaluated.graph if evaluated else None
-    program, without_gradient = _plan(manager, graphs, seed)
+
+    def planned(recipe: Recipe) -> Program:
+        return _plan(recipe, imported.graph, evaluated.graph if evaluated else None, options.seed)
+
+    budget = options.memory_budget
+    program = planned(recipe) if budget is None else within(budget, recipe, planned)
+    without_gradient = program.metadata["without_gradient"]
     metadata = {
         "model": type(model).__name__,
         "family": family,
-        "scheme": str(scheme),
+        "scheme": str(options.scheme),
         "loss": loss if isinstance(loss, str) else ("callable" if loss else "model"),
         "classifies": isinstance(loss, str) and LOSSES[loss].classifies,
-        "optimizer": _describe(optimizer),
+        "optimizer": _describe(options.optimizer),
         "batchnorm": batchnorm,
         "device": target.name,
         "aliases": dict(imported.aliases),
         "trained": [name for name in recipe.trained if name not in without_gradient],
-        "without_gradient": sorted(without_gradient),
         "trained_elements": _trained_elements(program.entries["train_step"]),
         "parameters": {name: list(shape) for name, shape in parameters.items()},
         "buffers": _persistent_buffers(model, parameters, imported.aliases),
-        "passes": [
-            {"entry": entry, "pass": name, "ms": round(ms, 3), "nodes": nodes}
-            for entry, name, ms, nodes in manager.timings
-        ],
+        **program.metadata,
         "build_seconds": round(time.perf_counter() - started, 3),
     }
-    if compare_full:
-        full = replace(recipe, trained=resolved("full"))
-        planned = program if full.trained == recipe.trained else _plan(Manager(full, NATIVE.supports), graphs, seed)[0]
-        metadata["full_memory"] = planned.memory.totals()
+    if options.compare_full:
+        full = replace(recipe, trained=resolved("full"), decisions={})
+        memory_of_full = program if full.trained == recipe.trained and budget is None else planned(full)
+        metadata["full_memory"] = memory_of_full.memory.totals()
     return replace(program, metadata=metadata)
 
 
-def _plan(manager: Manager, graphs: tuple[Graph, Graph | None], seed: int) -> tuple[Program, set[str]]:
-    """A program without metadata from training and evaluation graph; the trained parameters without a gradient."""
-    threads = manager.recipe.threads
-    entries, without_gradient = _entries(manager, *graphs, seed)
-    placements = {name: memory.run(graph, workspace_of(threads)) for name, graph in entries.items()}
+def _alternatives(model: Any, example_inputs: Inputs, options: Options) -> Iterator[Alternative]:
+    """Schemes, batch sizes and image sizes that may fit where the user's do not."""
+    options = replace(options, compare_full=False)
+    for scheme in ("sparse", "bias-only", "head"):
+        if scheme != options.scheme:
+            yield Alternative(
+                f"scheme {scheme}", partial(_build, model, example_inputs, replace(options, scheme=scheme))
+            )
+    tensors = list(example_inputs.values() if isinstance(example_inputs, Mapping) else example_inputs)
+    batch = tensors[0].shape[0] if tensors and tensors[0].shape else 1
+    for size in sorted({batch // 2, 1} - {0, batch}, reverse=True):
+        fewer = _mapped(example_inputs, lambda x, size=size: x[:size] if x.shape[:1] == (batch,) else x)
+        yield Alternative(f"batch size {size}", partial(_build, model, fewer, options))
+    images = [x for x in tensors if len(x.shape) == 4 and x.shape[2] == x.shape[3] >= 64]
+    for pixels in (images[0].shape[2] // 2,) if images else ():
+        smaller = _mapped(example_inputs, lambda x, n=pixels: x[:, :, :n, :n] if len(x.shape) == 4 else x)
+        yield Alternative(f"images of {pixels} by {pixels} pixels", partial(_build, model, smaller, options))
+
+
+def _mapped(example_inputs: Inputs, function: Callable[..., Any]) -> Inputs:
+    if isinstance(example_inputs, Mapping):
+        return {name: function(value) for name, value in example_inputs.items()}
+    return tuple(map(function, example_inputs))
+
+
+def _plan(recipe: Recipe, train_graph: Graph, eval_graph: Graph | None, seed: int) -> Program:
+    """A program from training and evaluation graph, whose metadata says what the passes did."""
+    manager = Manager(recipe, NATIVE.supports)
+    entries, without_gradient = _entries(manager, train_graph, eval_graph, seed)
+    placements = {name: memory.run(graph, recipe.workspace) for name, graph in entries.items()}
     state_offset, state_bytes = place_states(entries)
     transient = max(placement.nbytes for placement in placements.values())
-    program = Program(
+    timings = [
+        {"entry": entry, "pass": name, "ms": round(ms, 3), "nodes": nodes} for entry, name, ms, nodes in manager.timings
+    ]
+    return Program(
         entries=entries,
         placements=placements,
         state_offset=state_offset,
         state_bytes=state_bytes,
         arena_bytes=state_bytes + transient,
-        max_threads=threads,
-        accumulation=manager.recipe.accumulation,
-        metadata={},
+        max_threads=recipe.threads,
+        accumulation=recipe.accumulation,
+        metadata={"without_gradient": sorted(without_gradient), "memory_plan": recipe.decisions, "passes": timings},
     )
-    return program, without_gradient
 
 
 def _persistent_buffers(model: Any, parameters: Mapping[str, Any], aliases: Mapping[str, str]) -> list[str]:

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 import pockc
+from pockc.budget import parse_size
 from pockc.errors import InternalError, UserError
 
 app = typer.Typer(
@@ -41,6 +42,13 @@ Warmup = Annotated[int, typer.Option(min=0, help="Steps over which the learning 
 TotalSteps = Annotated[int, typer.Option(min=0, help="Optimizer steps until linear and cosine schedules end.")]
 StepSize = Annotated[int, typer.Option(min=0, help="Optimizer steps between drops of the step schedule.")]
 Seed = Annotated[int, typer.Option(help="Of dropout; of `verify`, of its data.")]
+MemoryBudget = Annotated[
+    str | None, typer.Option(help="Most that arena and weights may take, as 32MiB: the fastest program within it.")
+]
+MicroBatch = Annotated[
+    int,
+    typer.Option(min=0, help="Samples that run through the training step at a time; 0: all, or what a budget needs."),
+]
 LabelSmoothing = Annotated[float, typer.Option(min=0.0, max=1.0, help="Of cross entropy.")]
 
 
@@ -72,6 +80,8 @@ def build(
     step_size: StepSize = 0,
     seed: Seed = 0,
     label_smoothing: LabelSmoothing = 0.0,
+    memory_budget: MemoryBudget = None,
+    micro_batch: MicroBatch = 0,
     selftest: Annotated[bool, typer.Option(help="Store inputs and outputs for `pock-run selftest`.")] = True,
     compare_full: Annotated[bool, typer.Option(help="Also plan full backpropagation, to compare memory.")] = True,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for model.pock and pock-run.")] = Path("out"),
@@ -87,7 +97,15 @@ def build(
         model, scheme, batchnorm, loss, optimizer, learning_rate, batch_size, clip_norm, weight_decay, momentum,
         (schedule, warmup, total_steps, step_size), label_smoothing,
     )  # fmt: skip
-    program = build_program(**options, device=device, accumulation=accumulate, seed=seed, compare_full=compare_full)
+    program = build_program(
+        **options,
+        device=device,
+        accumulation=accumulate,
+        seed=seed,
+        memory_budget=parse_size(memory_budget) if memory_budget else None,
+        micro_batch=micro_batch,
+        compare_full=compare_full,
+    )
     file = output / "model.pock"
     program.save(file, golden=named_arrays(options["model"], options["example_inputs"]) if selftest else None)
     console = Console()

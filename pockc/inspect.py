@@ -41,7 +41,9 @@ def print_tables(console: Console, artifact: Artifact, entry: str) -> None:
     _print_rows(console, "Tensors at the peak", ("tensor", "type", "size", "kind", "module", "source"), _peak(memory))
     _print_rows(console, "Peak memory by module", ("module", "size"), _by_module(memory))
     _print_rows(console, f"Tensors of {entry}", ("role", "name", "type"), _arguments(chosen))
-    _print_rows(console, f"Calls of {entry} by op", ("op", "forward", "backward", "update"), _calls(chosen))
+    _print_rows(
+        console, f"Calls of {entry} by op", ("op", "forward", "backward", "recompute", "update"), _calls(chosen)
+    )
 
 
 def print_parity(console: Console, parity: Parity) -> None:
@@ -134,7 +136,7 @@ def _arguments(entry: Entry) -> list[tuple[str, ...]]:
 
 
 def _calls(entry: Entry) -> list[tuple[str, ...]]:
-    phases = ("forward", "backward", "update")
+    phases = ("forward", "backward", "recompute", "update")
     counts: dict[str, dict[str, int]] = {}
     for call in entry.calls:
         row = counts.setdefault(call.op, dict.fromkeys(phases, 0))

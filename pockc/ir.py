@@ -18,7 +18,7 @@ from pockc.errors import InternalError
 from pockc.ops import OPS, infer
 
 Array = npt.NDArray[Any]
-Phase = Literal["forward", "backward", "update"]
+Phase = Literal["forward", "backward", "recompute", "update"]  # recompute: forward once more, for the backward pass
 StateKind = Literal["parameter", "buffer", "constant", "slot", "counter"]
 
 # The element types of the IR; sizes in bytes. `bool` is one byte. Bit masks are `u8` tensors of 8 elements a byte.

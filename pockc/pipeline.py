@@ -19,6 +19,7 @@ from pockc.passes import (
     dce,
     differentiate,
     duplicate,
+    fit_memory,
     fold,
     fold_batchnorm,
     fuse,
@@ -74,6 +75,7 @@ LOWER: tuple[Pass, ...] = (
     Pass("dce", dce.run),
     Pass("fuse", fuse.run, "lowered", optional=True),  # after differentiation: gradients read unfused nodes
     Pass("duplicate", duplicate.run, "lowered", optional=True),  # before the order is chosen
+    Pass("fit-memory", fit_memory.run, "lowered", optional=True),  # after cse, which would undo it
     Pass("split-prefix", split_prefix.run, "lowered", optional=True),  # after the last pass that adds readers
     Pass("reorder", reorder.run, "lowered"),
 )

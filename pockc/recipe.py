@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from pockc.ir import Node
@@ -28,6 +28,9 @@ class Recipe:
     ``accumulation`` is the number of micro-steps per optimizer step; ``threads`` sizes the kernels' workspaces,
     and ``workspace`` is the target's count of their bytes for a node: passes that weigh memory ask it.
     ``sufficient`` is what another entry of the program takes of the arena anyway: below it no byte is worth a search.
+    ``transient_target`` is what the training step may need beside its states, in bytes: computing activations again is
+    then worth any time; without it, next to none. ``micro_batch`` is the number of samples that run through the
+    training step at a time; 0: whatever fits best. ``decisions`` is where passes note what they chose, for the report.
     """
 
     trained: Mapping[str, Channels | None]
@@ -39,5 +42,8 @@ class Recipe:
     threads: int = 1
     workspace: Callable[[Node], int] = no_workspace
     sufficient: int = 0
+    transient_target: int | None = None
+    micro_batch: int = 0
+    decisions: dict[str, Any] = field(default_factory=dict)
     updated_buffers: frozenset[str] = frozenset()  # running statistics that a training entry updates
     disabled: frozenset[str] = frozenset()  # names of passes that the user switched off, for ablation

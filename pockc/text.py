@@ -122,7 +122,9 @@ _TOKEN = re.compile(
       | "(?P<string>(?:[^"\\]|\\.)*)" | (?P<word>[\w.\-+/<>]+) | (?P<sign>[,():=\[\]]) )""",
     re.VERBOSE,
 )
-_ORIGIN = re.compile(r"\#\s(?P<module>.+?)(?:\s\((?P<file>[^()]*):(?P<line>\d+)\))?(?:\s(?P<phase>backward|update))?")
+_ORIGIN = re.compile(
+    r"\#\s(?P<module>.+?)(?:\s\((?P<file>[^()]*):(?P<line>\d+)\))?(?:\s(?P<phase>backward|recompute|update))?"
+)
 
 
 class _Parser:

@@ -155,6 +155,8 @@ class _Replay:
         if value.call < 0:
             return "inputs"
         maker = self.entry.calls[value.call]
+        if maker.phase == "recompute":
+            return "activations"
         forward = maker.phase == "forward" or maker.op == "range_mask"
         if forward and value.phases - {"forward"}:
             return "saved_activations"

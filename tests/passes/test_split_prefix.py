@@ -57,9 +57,9 @@ def selections(op: str) -> Iterator[tuple[Node, batch_rules.Roles, list[Array], 
 
 
 def run_in_parts(node: Node, roles: batch_rules.Roles, operands: list[Array], batch: int) -> list[Array]:
-    attrs = batch_rules.rescaled(node, batch, 1)
     parts: list[tuple[Array, ...]] = []
     for i in range(batch):
+        attrs = batch_rules.rescaled(node, batch, i, 1)
         rows = [np.split(x, batch)[i] if sliced else x for x, sliced in zip(operands, roles, strict=True)]
         results = OPS[node.op].reference(*rows, **attrs)
         parts.append(results if isinstance(results, tuple) else (results,))

@@ -1,9 +1,10 @@
-// cross_entropy(logits[N,C], labels i64[N]; ignore_index, label_smoothing) -> f32[]: with e the smoothing and
-// l the log-softmax, the mean over the rows that are not ignored of -(1 - e) * l[label] - e / C * sum(l); NaN
-// if all are. cross_entropy_grad(ct, logits, labels; ...) = ct / rows * (softmax - (1 - e) * [label] - e /
-// C), 0 for ignored rows; the output may be the logits themselves. A label outside [0, C) that is not
-// ignored: PK_INVALID_ARGUMENT. count_correct(logits, labels; ignore_index) -> i64[]: rows whose first
-// maximum is the label.
+// cross_entropy(logits[N,C], labels i64[M]; ignore_index, label_smoothing, first_row) -> f32[]: with e the
+// smoothing and l the log-softmax, the mean over the rows that are not ignored of
+// -(1 - e) * l[label] - e / C * sum(l); NaN if all are. Labels belong to M >= first_row + N rows, of which
+// the logits are those from first_row on: then it is their share of the mean. cross_entropy_grad(ct, logits,
+// labels; ...) = ct / rows * (softmax - (1 - e) * [label] - e / C), 0 for ignored rows; the output may be the
+// logits themselves. A label outside [0, C) that is not ignored: PK_INVALID_ARGUMENT. count_correct(logits,
+// labels; ignore_index) -> i64[]: rows whose first maximum is the label.
 #include <cmath>
 
 #include "common.h"
@@ -14,6 +15,7 @@ namespace {
 struct Loss {
   int64_t ignore_index;
   double smoothing;
+  int64_t first_row;
 };
 
 bool fits(const Tensor& logits, const Tensor& labels) {
@@ -25,7 +27,14 @@ Loss read(Attributes& attributes) {
   Loss loss;
   loss.ignore_index = attributes.integer();
   loss.smoothing = attributes.number();
+  loss.first_row = attributes.integer();
   return loss;
+}
+
+bool has_labels(const Tensor& logits, const Tensor& labels, const Loss& loss) {
+  return logits.rank == 2 && is_f32(logits) && labels.dtype == DType::kI64 && labels.rank == 1 &&
+         loss.first_row >= 0 && loss.first_row <= labels.dims[0] &&
+         labels.dims[0] - loss.first_row >= logits.dims[0];
 }
 
 // How many rows are not ignored; fails when the label of one of them is no class.
@@ -56,8 +65,8 @@ double log_sum_exp(const float* x, int64_t length) {
 Status check_cross_entropy(const Call& call) {
   if (!has_operands(call, 2, 2, 1)) return PK_BAD_FILE;
   Attributes attributes(call);
-  read(attributes);
-  return verdict(attributes.valid() && fits(call.inputs[0], call.inputs[1]) &&
+  const Loss loss = read(attributes);
+  return verdict(attributes.valid() && has_labels(call.inputs[0], call.inputs[1], loss) &&
                  is_scalar(call.outputs[0], DType::kF32));
 }
 
@@ -71,7 +80,7 @@ Status run_cross_entropy(const Call& call) {
   if (status != PK_OK) return status;
   double total = 0.0;
   for (int64_t i = 0; i < logits.dims[0]; ++i) {
-    const int64_t label = labels.as<int64_t>()[i];
+    const int64_t label = labels.as<int64_t>()[loss.first_row + i];
     if (label == loss.ignore_index) continue;
     const float* row = logits.as<float>() + i * classes;
     const double normaliser = log_sum_exp(row, classes);
@@ -90,9 +99,10 @@ Status run_cross_entropy(const Call& call) {
 Status check_cross_entropy_grad(const Call& call) {
   if (!has_operands(call, 3, 3, 1)) return PK_BAD_FILE;
   Attributes attributes(call);
-  read(attributes);
+  const Loss loss = read(attributes);
   return verdict(attributes.valid() && is_scalar(call.inputs[0], DType::kF32) &&
-                 fits(call.inputs[1], call.inputs[2]) && same_type(call.outputs[0], call.inputs[1]));
+                 has_labels(call.inputs[1], call.inputs[2], loss) &&
+                 same_type(call.outputs[0], call.inputs[1]));
 }
 
 Status run_cross_entropy_grad(const Call& call) {
@@ -106,7 +116,7 @@ Status run_cross_entropy_grad(const Call& call) {
   const double factor = *call.inputs[0].as<float>() / static_cast<double>(counted);
   const double spread = loss.smoothing / static_cast<double>(classes);
   for (int64_t i = 0; i < logits.dims[0]; ++i) {
-    const int64_t label = labels.as<int64_t>()[i];
+    const int64_t label = labels.as<int64_t>()[loss.first_row + i];
     const float* row = logits.as<float>() + i * classes;
     float* out = call.outputs[0].as<float>() + i * classes;
     if (label == loss.ignore_index) {

@@ -10,9 +10,10 @@ namespace {
 struct Loss {
   int64_t ignore_index;
   double smoothing;
+  int64_t first_row;
 };
 
-Loss read(const Call& call) { return {call.ints[0], call.floats[0]}; }
+Loss read(const Call& call) { return {call.ints[0], call.floats[0], call.ints[1]}; }
 
 // The rows that count; fails where a label is no class.
 Status count_rows(const Tensor& labels, int64_t classes, int64_t ignore_index, int64_t* counted) {
@@ -50,7 +51,7 @@ Status run_cross_entropy(const Call& call) {
   const Status status = count_rows(call.inputs[1], classes, loss.ignore_index, &counted);
   if (status != PK_OK) return status;
   const float* logits = call.inputs[0].as<float>();
-  const int64_t* labels = call.inputs[1].as<int64_t>();
+  const int64_t* labels = call.inputs[1].as<int64_t>() + loss.first_row;
   float* losses = workspace(call);
   const float keep = static_cast<float>(1.0 - loss.smoothing), spread = static_cast<float>(loss.smoothing);
   parallel(call, rows, row_grain(classes), [&](int64_t begin, int64_t end, int) {
@@ -78,7 +79,7 @@ Status run_cross_entropy_grad(const Call& call) {
   const Status status = count_rows(call.inputs[2], classes, loss.ignore_index, &counted);
   if (status != PK_OK) return status;
   const float* logits = call.inputs[1].as<float>();
-  const int64_t* labels = call.inputs[2].as<int64_t>();
+  const int64_t* labels = call.inputs[2].as<int64_t>() + loss.first_row;
   float* out = call.outputs[0].as<float>();
   const float factor = *call.inputs[0].as<float>() / static_cast<float>(counted);
   const float spread = static_cast<float>(loss.smoothing / static_cast<double>(classes));
