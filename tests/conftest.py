@@ -1,4 +1,4 @@
-"""Shared by all tests: golden files, and PyTorch on one thread."""
+"""Shared by all tests: golden files, the command line, and PyTorch on one thread."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+
+from tests.shell import Shell
 
 torch.set_num_threads(1)
 
@@ -37,3 +39,9 @@ def golden(request: pytest.FixtureRequest) -> Callable[..., None]:
         assert text == path.read_text()
 
     return compare
+
+
+@pytest.fixture
+def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
+    """The command line in a temporary folder."""
+    return Shell(tmp_path, monkeypatch, capsys)
