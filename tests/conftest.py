@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
+from tests import browser
 from tests.shell import Shell
 
 torch.set_num_threads(1)
@@ -22,6 +23,11 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write golden files instead of comparing with them")
+
+
+def pytest_report_header() -> str:
+    missing = "none, so the tests of the memory page in a browser are skipped: `make test-page` installs it"
+    return f"chromium: {browser.find() or missing}"
 
 
 @pytest.fixture
