@@ -22,7 +22,7 @@ from pockc.program import Program
 from pockc.session import Session
 from pockc.targets.native import workspace_of
 
-ROUNDS = 5  # in each of which every program runs in its turn, so that a busy spell of the machine hits them all
+ROUNDS = 10  # in each of which every program runs in its turn, so that a busy spell of the machine hits them all
 WARM_UP = 2
 
 # What the planner does is no pass: it is switched off on the program that all passes made.

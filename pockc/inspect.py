@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from pockc.ablation import Ablation, Variant
@@ -86,7 +86,15 @@ def print_measurement(console: Console, program: str, measured: Measurement) -> 
 def print_ablation(console: Console, program: str, ablation: Ablation) -> None:
     """What each pass buys; the program with all of them on top."""
     title = f"{program} without one pass at a time: {ablation.entry}, threads {ablation.threads}"
-    table = Table("without", "planned peak", "difference", "CPU ms per step", "difference", "build s", title=title)
+    table = Table(
+        Column("without", no_wrap=True),
+        "planned peak",
+        "difference",
+        "CPU ms per step",
+        "difference",
+        "build s",
+        title=title,
+    )
     base = ablation.baseline
     table.add_row("nothing", size(base.peak_bytes), "", f"{base.cpu_ms:.3f}", "", _seconds(base), end_section=True)
     for variant in ablation.variants:
