@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.progress import Progress
 
-from pockc.artifact import read
-from pockc.bench import made_up, time_steps
+from pockc.bench import time_in_turn
 from pockc.build import build
 from pockc.errors import UserError
 from pockc.parity import LOSS_TOLERANCE
 from pockc.passes import memory
 from pockc.pipeline import switches
 from pockc.program import Program
-from pockc.session import Session
 from pockc.targets.native import workspace_of
-
-ROUNDS = 10  # in each of which every program runs in its turn, so that a busy spell of the machine hits them all
-WARM_UP = 2
 
 # What the planner does is no pass: it is switched off on the program that all passes made.
 PLANNER: Mapping[str, dict[str, bool]] = {"in-place": {"in_place": False}, "placement search": {"search": False}}
@@ -125,7 +120,7 @@ def ablate(
                 files[name] = Path(folder, f"{len(files)}.pock")
                 other.save(files[name])
             found[name] = variant
-        times, losses = _time_in_turn(files, entry, steps, threads, progress)
+        times, losses = time_in_turn(files, entry, steps, threads, progress)
     for name, variant in found.items():
         timed = "" if variant.same_program else name
         if timed in times:
@@ -176,20 +171,3 @@ def _planned_again(program: Program, **options: bool) -> Program:
 def _placed(program: Program) -> list[tuple[str, tuple[int, ...]]]:
     """Calls and places: equal for programs that run alike."""
     return [(str(graph), tuple(program.placements[name].offset.values())) for name, graph in program.entries.items()]
-
-
-def _time_in_turn(
-    files: Mapping[str, Path], entry: str, steps: int, threads: int, progress: Progress
-) -> tuple[dict[str, list[tuple[float, ...]]], dict[str, float | None]]:
-    """CPU milliseconds of each program's steps by round, and its last loss. One program is in memory at a time."""
-    times: dict[str, list[tuple[float, ...]]] = {name: [] for name in files}
-    losses: dict[str, float | None] = dict.fromkeys(files)
-    inputs = made_up(read(files[""]).entry(entry))
-    each = -(-steps // ROUNDS)
-    turns: Iterable[tuple[str, Path]] = [turn for _ in range(ROUNDS) for turn in files.items()]
-    for name, file in progress.track(turns, description="Timing"):
-        with Session(file, threads) as session:
-            measured, outputs = time_steps(session, entry, inputs, each, WARM_UP)
-        times[name].append(measured.cpu)
-        losses[name] = float(outputs["loss"]) if "loss" in outputs else None
-    return times, losses

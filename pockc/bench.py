@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.progress import Progress
 
 from pockc.artifact import Entry, read
 from pockc.errors import UserError
@@ -17,6 +18,7 @@ from pockc.session import Memory, Session
 from pockc.timeline import mapped_bytes
 
 WARM_UP = 3  # steps that are not counted: they touch the arena's pages for the first time
+ROUNDS = 10  # in each of which every program runs in its turn, so that a busy spell of the machine hits them all
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,3 +121,22 @@ def time_steps(
             cpu.append((time.process_time() - started[0]) * 1e3)
             wall.append((time.perf_counter() - started[1]) * 1e3)
     return Times(tuple(cpu), tuple(wall)), outputs
+
+
+def time_in_turn(
+    files: Mapping[str, Path], entry: str, steps: int, threads: int = 1, progress: Progress | None = None
+) -> tuple[dict[str, list[tuple[float, ...]]], dict[str, float | None]]:
+    """CPU milliseconds of each program's steps by round, and its last loss; the programs take the same inputs.
+
+    One program is in memory at a time. ``steps`` is rounded up to a multiple of `ROUNDS`.
+    """
+    times: dict[str, list[tuple[float, ...]]] = {name: [] for name in files}
+    losses: dict[str, float | None] = dict.fromkeys(files)
+    inputs = made_up(read(next(iter(files.values()))).entry(entry))
+    turns = [turn for _ in range(ROUNDS) for turn in files.items()]
+    for name, file in (progress or Progress(disable=True)).track(turns, description="Timing"):
+        with Session(file, threads) as session:
+            measured, outputs = time_steps(session, entry, inputs, -(-steps // ROUNDS), warm_up=2)
+        times[name].append(measured.cpu)
+        losses[name] = float(outputs["loss"]) if "loss" in outputs else None
+    return times, losses
