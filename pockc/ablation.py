@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,7 @@ class Variant:
 class Ablation:
     """The program with all passes, and what it would be without each.
 
-    ``noise`` is how far the baseline's medians of single rounds lie apart, as a part of their median: what differs by
-    less may be chance.
+    ``noise`` is what two medians of the same program may differ by, as a part of them: less says nothing.
     """
 
     entry: str
@@ -127,10 +127,23 @@ def ablate(
             cpu_ms = statistics.median(sum(times[timed], ()))
             found[name] = replace(variant, cpu_ms=cpu_ms, loss=losses[timed])
     baseline = found.pop("")
-    medians = [statistics.median(one_round) for one_round in times[""]]
-    noise = (max(medians) - min(medians)) / baseline.cpu_ms
     timed_steps = sum(map(len, times[""]))
-    return Ablation(entry, timed_steps, threads, noise, baseline, tuple(found.values()), program.text(entry))
+    return Ablation(
+        entry, timed_steps, threads, _noise(times[""]), baseline, tuple(found.values()), program.text(entry)
+    )
+
+
+def _noise(rounds: Sequence[Sequence[float]]) -> float:
+    """Two standard errors of the difference of two medians, as a part of the median.
+
+    Of n independent values with deviation s, the median has a standard error of about 1.25 s / sqrt(n), and the
+    difference of two such medians sqrt(2) times that. Steps of one round share what the machine does meanwhile, so n
+    counts rounds; s is 1.48 times the median absolute deviation, which outliers do not move.
+    """
+    medians = [statistics.median(one_round) for one_round in rounds]
+    middle = statistics.median(medians)
+    deviation = 1.48 * statistics.median(abs(value - middle) for value in medians)
+    return 2 * math.sqrt(2) * 1.25 * deviation / math.sqrt(len(medians)) / middle
 
 
 def _makers(program: Program, arguments: Mapping[str, Any]) -> dict[str, Callable[[], Program]]:

@@ -223,6 +223,12 @@ def test_variant_that_cannot_be_built_has_a_problem_and_no_figures(
     assert row["without"] == "fuse" and row["problem"] and "more_bytes" not in row
 
 
+def test_noise_is_that_of_rounds_and_not_moved_by_an_outlier() -> None:
+    assert ablation._noise([(10.0, 10.0)] * 9 + [(90.0, 90.0)]) == 0
+    few, many = [(9.0,), (10.0,), (11.0,)], [(9.0,), (10.0,), (11.0,)] * 4
+    assert ablation._noise(few) == pytest.approx(2 * ablation._noise(many))
+
+
 def test_program_that_computes_something_else_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     base = ablation.Variant("", 1000, 900, 2.0, 0.5, loss=1.5)
     variants = (replace(base, without="fuse", loss=1.5 + 1e-5), replace(base, without="reorder", loss=1.6))
