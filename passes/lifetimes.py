@@ -105,8 +105,8 @@ def updates_in_place(graph: Graph) -> dict[Value, Value]:
     return homes
 
 
-def buffers(graph: Graph) -> dict[Value, Buffer]:
-    """The buffer of every value of a scheduled graph.
+def buffers(graph: Graph, *, in_place: bool = True) -> dict[Value, Buffer]:
+    """The buffer of every value of a scheduled graph. Without ``in_place`` only views and states share theirs.
 
     Pre: every update is either in place (`updates_in_place`) or a `copy` that ends the graph.
     """
@@ -130,7 +130,7 @@ def buffers(graph: Graph) -> dict[Value, Buffer]:
             if output in homes:
                 own(output, state_buffers[homes[output]])
                 continue
-            source = _takeover(node, position, index, owner, last_use)
+            source = _takeover(node, position, index, owner, last_use) if in_place or OPS[node.op].view else None
             own(output, source or Buffer(output.type.nbytes, index, index))
     return owner
 

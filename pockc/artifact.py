@@ -31,7 +31,7 @@ from pockc.artifact_writer import (
     VERSION,
     write,
 )
-from pockc.errors import UserError
+from pockc.errors import UserError, near_names
 from pockc.ir import DTYPES, NUMPY_DTYPES, Array, StateKind
 
 MAX_TENSORS, MAX_STATES, MAX_CALLS, MAX_ENTRIES = 1 << 20, 1 << 16, 1 << 20, 64
@@ -126,6 +126,16 @@ class Artifact:
     states: tuple[StateRecord, ...]
     entries: dict[str, Entry]
     data: memoryview = field(repr=False)
+
+    def entry(self, name: str) -> Entry:
+        """The entry of that name. Raises UserError."""
+        if name not in self.entries:
+            raise UserError(
+                f"{self.path} has no entry {name!r}",
+                supported=", ".join(self.entries),
+                instead=near_names(name, self.entries),
+            )
+        return self.entries[name]
 
     def contents(self, state: StateRecord) -> Array:
         """The initial contents of a state in the user's layout."""

@@ -36,12 +36,17 @@ Run = Callable[[Graph, Recipe], Graph]
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One line of a pipeline. ``optional`` passes can be switched off to see what they buy."""
+    """One line of a pipeline.
+
+    ``optional`` passes can be switched off to see what they buy; ``reducible`` ones too, but they still run then, and
+    do only what the next step cannot do without.
+    """
 
     name: str
     run: Run
     level: Level = "training"
     optional: bool = False
+    reducible: bool = False
 
 
 # What every entry shares: the user's forward graph, in the layout and parameterisation that the kernels want.
@@ -77,8 +82,14 @@ LOWER: tuple[Pass, ...] = (
     Pass("duplicate", duplicate.run, "lowered", optional=True),  # before the order is chosen
     Pass("fit-memory", fit_memory.run, "lowered", optional=True),  # after cse, which would undo it
     Pass("split-prefix", split_prefix.run, "lowered", optional=True),  # after the last pass that adds readers
-    Pass("reorder", reorder.run, "lowered"),
+    Pass("reorder", reorder.run, "lowered", reducible=True),
 )
+
+
+def switches() -> tuple[str, ...]:
+    """The names that `Recipe.disabled` knows, in the order in which the passes run."""
+    passes = (*COMMON, *TRAIN, *ACCUMULATE, *EVAL, *INFER, *LOWER)
+    return tuple(dict.fromkeys(step.name for step in passes if step.optional or step.reducible))
 
 
 @dataclass(slots=True)

@@ -68,8 +68,20 @@ def test_a_chain_of_elementwise_ops_lives_in_one_buffer() -> None:
     value = builder.input("x", TensorType((1000,)))
     for _ in range(5):
         value = builder("tanh", value)
-    placement = memory.run(builder.build({"y": value}), no_workspace)
-    assert placement.nbytes == memory.aligned(4000)
+    graph = builder.build({"y": value})
+    assert memory.run(graph, no_workspace).nbytes == memory.aligned(4000)
+    assert memory.run(graph, no_workspace, in_place=False).nbytes == 2 * memory.aligned(4000)
+
+
+def test_searching_for_places_never_costs_bytes_and_often_saves_some() -> None:
+    rng = np.random.default_rng(0)
+    saved = []
+    for _ in range(20):
+        items = [Interval(int(a), int(a + b), 64 * int(c)) for a, b, c in rng.integers(1, 60, (40, 3))]
+        plain, searched = memory.plan(items, search=False), memory.plan(items)
+        memory.check(items, plain[0])
+        saved.append(plain[1] - searched[1])
+    assert min(saved) >= 0 and max(saved) > 0
 
 
 def test_an_operand_that_is_read_later_is_not_overwritten() -> None:
