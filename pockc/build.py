@@ -15,9 +15,9 @@ from pockc.ir import Graph
 from pockc.losses import LOSSES
 from pockc.optim import AdamW, Optimizer
 from pockc.passes import memory
-from pockc.pipeline import ACCUMULATE, COMMON, EVAL, INFER, LOWER, TRAIN, Manager, Pass
+from pockc.pipeline import ACCUMULATE, COMMON, EVAL, INFER, LOWER, TOGETHER, TRAIN, Manager, Pass
 from pockc.program import Program, place_states
-from pockc.recipe import BatchNorm, Recipe
+from pockc.recipe import BatchNorm, FrozenDtype, Recipe
 from pockc.scheme import Channels, Scheme, detect_family, resolve
 from pockc.targets import devices
 from pockc.targets.native import NATIVE, workspace_of
@@ -37,6 +37,7 @@ def build(
     seed: int = 0,
     disabled: frozenset[str] = frozenset(),
     compare_full: bool = False,
+    frozen_dtype: FrozenDtype = "f32",
 ) -> Program:
     """Compile one training step of a PyTorch model.
 
@@ -54,6 +55,8 @@ def build(
         seed: of dropout and of random channel selections in presets.
         disabled: names of optional passes to switch off.
         compare_full: also plan the scheme ``full``, and keep its memory in the metadata for comparison.
+        frozen_dtype: how the program stores large frozen weights: ``f32``, ``bf16``, ``int8`` (a scale per output
+            channel) or ``int4`` (a scale per 32 elements). Kernels decode them; what is trained stays float32.
 
     Returns:
         The program: ``save`` it, look at ``memory`` and ``text("train_step")``.
@@ -64,7 +67,7 @@ def build(
     from pockc.frontend.torch import trace  # torch is an extra: only building needs it
 
     optimizer = optimizer or AdamW()
-    _check_options(loss, batchnorm, accumulation)
+    _check_options(loss, batchnorm, accumulation, frozen_dtype)
     started = time.perf_counter()
     target = devices.find(device)
     imported = trace(model, example_inputs, loss=loss, batchnorm=batchnorm)
@@ -92,6 +95,7 @@ def build(
         loss_options=dict(loss_options or {}),
         batchnorm=batchnorm,
         accumulation=accumulation,
+        frozen_dtype=frozen_dtype,
         threads=target.threads,
         workspace=workspace_of(target.threads),
         updated_buffers=frozenset(state.name for state in imported.graph.updates),
@@ -108,6 +112,7 @@ def build(
         "classifies": isinstance(loss, str) and LOSSES[loss].classifies,
         "optimizer": _describe(optimizer),
         "batchnorm": batchnorm,
+        "frozen_dtype": frozen_dtype,
         "device": target.name,
         "aliases": dict(imported.aliases),
         "trained": [name for name in recipe.trained if name not in without_gradient],
@@ -153,9 +158,11 @@ def _persistent_buffers(model: Any, parameters: Mapping[str, Any], aliases: Mapp
     return [name for name in model.state_dict() if name not in parameters and name not in aliases]
 
 
-def _check_options(loss: object, batchnorm: str, accumulation: int) -> None:
+def _check_options(loss: object, batchnorm: str, accumulation: int, frozen_dtype: str) -> None:
     if batchnorm not in get_args(BatchNorm):
         raise UserError(f"batchnorm is {batchnorm!r}", supported=", ".join(get_args(BatchNorm)))
+    if frozen_dtype not in get_args(FrozenDtype):
+        raise UserError(f"frozen_dtype is {frozen_dtype!r}", supported=", ".join(get_args(FrozenDtype)))
     if accumulation < 1:
         raise UserError(f"accumulation is {accumulation}; it counts micro-steps and is at least 1")
     if not (loss is None or isinstance(loss, str) or callable(loss)):
@@ -188,7 +195,7 @@ def _entries(
     if predictions:
         entries["infer"] = entry("infer", INFER, _only(_without_updates(quiet), predictions))
     updated = {state.name for state in entries["train_step"].updates}
-    return entries, {name for name in manager.recipe.trained if name not in updated}
+    return manager.run_together(TOGETHER, entries), {name for name in manager.recipe.trained if name not in updated}
 
 
 def _seeded(graph: Graph, seed: int) -> Graph:

@@ -40,6 +40,9 @@ ScheduleKind = Annotated[str, typer.Option("--schedule", help="constant, linear,
 Warmup = Annotated[int, typer.Option(min=0, help="Steps over which the learning rate grows to its base.")]
 TotalSteps = Annotated[int, typer.Option(min=0, help="Optimizer steps until linear and cosine schedules end.")]
 StepSize = Annotated[int, typer.Option(min=0, help="Optimizer steps between drops of the step schedule.")]
+FrozenDtypeName = Annotated[
+    str, typer.Option("--frozen-dtype", help="How large frozen weights are stored: f32, bf16, int8 or int4.")
+]
 Seed = Annotated[int, typer.Option(help="Of dropout; of `verify`, of its data.")]
 LabelSmoothing = Annotated[float, typer.Option(min=0.0, max=1.0, help="Of cross entropy.")]
 
@@ -72,6 +75,7 @@ def build(
     step_size: StepSize = 0,
     seed: Seed = 0,
     label_smoothing: LabelSmoothing = 0.0,
+    frozen_dtype: FrozenDtypeName = "f32",
     selftest: Annotated[bool, typer.Option(help="Store inputs and outputs for `pock-run selftest`.")] = True,
     compare_full: Annotated[bool, typer.Option(help="Also plan full backpropagation, to compare memory.")] = True,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for model.pock and pock-run.")] = Path("out"),
@@ -87,7 +91,10 @@ def build(
         model, scheme, batchnorm, loss, optimizer, learning_rate, batch_size, clip_norm, weight_decay, momentum,
         (schedule, warmup, total_steps, step_size), label_smoothing,
     )  # fmt: skip
-    program = build_program(**options, device=device, accumulation=accumulate, seed=seed, compare_full=compare_full)
+    program = build_program(
+        **options, device=device, accumulation=accumulate, seed=seed, compare_full=compare_full,
+        frozen_dtype=frozen_dtype,  # type: ignore[arg-type] # checked by build
+    )  # fmt: skip
     file = output / "model.pock"
     program.save(file, golden=named_arrays(options["model"], options["example_inputs"]) if selftest else None)
     console = Console()
@@ -148,6 +155,7 @@ def verify(
     step_size: StepSize = 0,
     seed: Seed = 0,
     label_smoothing: LabelSmoothing = 0.0,
+    frozen_dtype: FrozenDtypeName = "f32",
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps to compare.")] = 10,
     reference_kernels: Annotated[bool, typer.Option(help="Use the plain kernels only.")] = False,
 ) -> None:
@@ -161,6 +169,7 @@ def verify(
     parity = verify_against_torch(
         **options,
         accumulation=accumulate,
+        frozen_dtype=frozen_dtype,  # type: ignore[arg-type] # checked by build
         steps=steps,
         seed=seed,
         reference_kernels=reference_kernels,
@@ -184,11 +193,16 @@ def export(
     ] = None,
 ) -> None:
     """Write tuned parameters under their original names, for the original model to load."""
+    from pockc.checkpoint import decoded_names
     from pockc.checkpoint import export as export_parameters
 
     missing = export_parameters(file, output, checkpoint=checkpoint, base=base)
     console = Console()
     console.print(f"Wrote {output}", soft_wrap=True, highlight=False)
+    if inexact := decoded_names(file, base):
+        what = f"{len(inexact)} frozen tensors are approximations, decoded from what the program stores of them"
+        lacking = f"{base} lacks {inexact[0]}" if base else f"{inexact[0]} for instance; --base gives the original ones"
+        console.print(Text(f"Note: {what}: {lacking}.", style="yellow"), soft_wrap=True)
     if missing:
         what = f"{len(missing)} of the model's tensors are not in the program"
         lacking = f"{base} lacks {missing[0]}" if base else f"{missing[0]} for instance; --base adds them"
