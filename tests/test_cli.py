@@ -44,6 +44,10 @@ def fixed():
     return Net().eval(), {"x": torch.randn(2, 6)}
 
 
+def wide():
+    return nn.Sequential(nn.Linear(16, 128), nn.ReLU(), nn.Linear(128, 4)).eval(), {"input": torch.randn(2, 16)}
+
+
 def with_labels():
     return Net().eval(), {"x": torch.randn(2, 6), "labels": torch.tensor([0, 1])}
 
@@ -131,6 +135,20 @@ def test_build_for_another_board_notes_the_missing_binary(shell: Shell) -> None:
     assert code == 0
     assert "Note: there is no pock-run for rpi4" in out
     assert not (shell.folder / "out" / "pock-run").exists()
+
+
+def test_frozen_weights_in_fewer_bytes_are_built_verified_and_exported(shell: Shell) -> None:
+    code, out, err = shell("build", "model.py:wide", "--scheme", "head", "--frozen-dtype", "int8")
+    assert (code, err) == (0, "")
+    assert re.search(r"large frozen weights\s*│ int8 ", out)
+    code, out, _ = shell("inspect", "out/model.pock", "--text")
+    assert code == 0 and "state %0.weight: q8[128,16] parameter" in out
+    code, out, _ = shell("export", "out/model.pock", "-o", "tuned.safetensors")
+    assert code == 0 and "Note: 1 frozen tensors are approximations" in out and "0.weight" in out
+    code, out, _ = shell("verify", "model.py:wide", "--scheme", "head", "--frozen-dtype", "int8")
+    assert code == 0 and "agrees with PyTorch" in out
+    code, _, err = shell("build", "model.py:wide", "--frozen-dtype", "int2")
+    assert code == 2 and "f32, bf16, int8, int4" in err
 
 
 def test_options_reach_the_optimizer(shell: Shell) -> None:
