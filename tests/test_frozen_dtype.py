@@ -80,6 +80,7 @@ def compiled(frozen_dtype: FrozenDtype) -> Program:
     return compile_model(network(), frozen_dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen_dtype", COMPACT)
 @pytest.mark.parametrize("name", ["mobilenet_v2", "llama_tiny"])
 def test_ten_sparse_steps_agree_with_pytorch_on_the_decoded_weights(name: str, frozen_dtype: FrozenDtype) -> None:

@@ -13,6 +13,7 @@ from pockc.ir import Array, TensorType, dtype_of
 from pockc.ops import OPS, infer, load_families
 from pockc.targets.native.workspace import workspace_bytes
 from tests.native import kernels
+from tests.native.test_instruction_sets import available_sets
 
 pytestmark = pytest.mark.native
 load_families()
@@ -117,6 +118,10 @@ def test_vectorised_kernels_give_the_very_bits_of_the_decoded_weight_for_any_num
     op: str, shapes: Shapes, attrs: Mapping[str, Any], dtype: str
 ) -> None:
     case = Compact(op, shapes, attrs, dtype)
+    for name in available_sets():
+        status, found = case.run(f"simd-{name}")
+        assert status == kernels.OK
+        assert found.tobytes() == case.run_decoded(f"simd-{name}").tobytes()
     expected = case.run_decoded("simd")
     for threads in (1, 3):
         needed = workspace_bytes(op, case.types, case.outputs, case.attrs, threads)
