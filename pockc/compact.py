@@ -97,7 +97,7 @@ def _encode_q8(rows: Array, encoded: Bytes) -> None:
 
 
 def _decode_q8(raw: Bytes, columns: int) -> Array:
-    scale = np.ascontiguousarray(raw[:, :4]).view("<f4")
+    scale: Array = np.ascontiguousarray(raw[:, :4]).view("<f4")
     return raw[:, 4 : 4 + columns].view(np.int8).astype(np.float32) * scale
 
 

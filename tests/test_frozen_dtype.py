@@ -52,16 +52,20 @@ class Net(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         x = self.middle(torch.relu(self.first(self.table(ids))))
         x = torch.relu(self.norm(self.conv(x.mT.reshape(len(ids), 96, 4, 4))))
-        return self.last(x.mean((2, 3))) @ self.table.weight.mT
+        logits: Tensor = self.last(x.mean((2, 3))) @ self.table.weight.mT
+        return logits
 
 
 def network() -> nn.Module:
     torch.manual_seed(0)
     net = Net()
-    with torch.no_grad():
-        net.norm.running_var.uniform_(0.5, 2.0)
-        net.norm.weight.uniform_(0.5, 1.5)
-        net.norm.running_mean.uniform_(-0.5, 0.5)
+    for tensor, low, high in (
+        (net.norm.running_var, 0.5, 2.0),
+        (net.norm.running_mean, -0.5, 0.5),
+        (net.norm.weight, 0.5, 1.5),
+    ):
+        assert tensor is not None
+        nn.init.uniform_(tensor, low, high)
     return net.eval()
 
 
@@ -229,7 +233,7 @@ def test_a_parameter_that_one_entry_reads_in_another_way_stays_float() -> None:
 
 def test_unknown_frozen_dtype_is_told() -> None:
     with pytest.raises(UserError, match="f32, bf16, int8, int4"):
-        compiled("fp8")  # type: ignore[arg-type]
+        compiled("fp8")
 
 
 # Damaged files: what a tensor says of itself must fit, whatever it says
