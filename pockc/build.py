@@ -17,9 +17,9 @@ from pockc.ir import Graph
 from pockc.losses import LOSSES
 from pockc.optim import AdamW, Optimizer
 from pockc.passes import memory
-from pockc.pipeline import ACCUMULATE, COMMON, EVAL, INFER, LOWER, TRAIN, Manager, Pass
+from pockc.pipeline import ACCUMULATE, COMMON, EVAL, INFER, LOWER, TOGETHER, TRAIN, Manager, Pass
 from pockc.program import Program, place_states
-from pockc.recipe import BatchNorm, Recipe
+from pockc.recipe import BatchNorm, FrozenDtype, Recipe
 from pockc.scheme import Channels, Scheme, detect_family, resolve
 from pockc.targets import devices
 from pockc.targets.native import NATIVE, workspace_of
@@ -43,6 +43,7 @@ def build(
     micro_batch: int = 0,
     disabled: frozenset[str] = frozenset(),
     compare_full: bool = False,
+    frozen_dtype: FrozenDtype = "f32",
 ) -> Program:
     """Compile one training step of a PyTorch model.
 
@@ -64,6 +65,8 @@ def build(
         micro_batch: samples that run through the training step at a time; 0: all, or what a budget needs.
         disabled: names of optional passes to switch off.
         compare_full: also plan the scheme ``full``, and keep its memory in the metadata for comparison.
+        frozen_dtype: how the program stores large frozen weights: ``f32``, ``bf16``, ``int8`` (a scale per output
+            channel) or ``int4`` (a scale per 32 elements). Kernels decode them; what is trained stays float32.
 
     Returns:
         The program: ``save`` it, look at ``memory`` and ``text("train_step")``.
@@ -73,7 +76,7 @@ def build(
         BudgetError: nothing fits the memory budget; ``smallest`` is the least that something does fit.
     """
     optimizer = optimizer or AdamW()
-    _check_options(loss, batchnorm, accumulation)
+    _check_options(loss, batchnorm, accumulation, frozen_dtype)
     if memory_budget is not None and memory_budget <= 0:
         raise UserError(f"the memory budget is {memory_budget} bytes; it must be above 0")
     options = Options(
@@ -89,6 +92,7 @@ def build(
         micro_batch=micro_batch,
         disabled=disabled,
         compare_full=compare_full,
+        frozen_dtype=frozen_dtype,
     )
     try:
         return _build(model, example_inputs, options)
@@ -112,6 +116,7 @@ class Options:
     micro_batch: int
     disabled: frozenset[str]
     compare_full: bool
+    frozen_dtype: FrozenDtype
 
 
 def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
@@ -145,6 +150,7 @@ def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
         loss_options=options.loss_options,
         batchnorm=batchnorm,
         accumulation=options.accumulation,
+        frozen_dtype=options.frozen_dtype,
         threads=target.threads,
         workspace=workspace_of(target.threads),
         micro_batch=options.micro_batch,
@@ -166,6 +172,7 @@ def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
         "classifies": isinstance(loss, str) and LOSSES[loss].classifies,
         "optimizer": _describe(options.optimizer),
         "batchnorm": batchnorm,
+        "frozen_dtype": options.frozen_dtype,
         "device": target.name,
         "aliases": dict(imported.aliases),
         "trained": [name for name in recipe.trained if name not in without_gradient],
@@ -234,9 +241,11 @@ def _persistent_buffers(model: Any, parameters: Mapping[str, Any], aliases: Mapp
     return [name for name in model.state_dict() if name not in parameters and name not in aliases]
 
 
-def _check_options(loss: object, batchnorm: str, accumulation: int) -> None:
+def _check_options(loss: object, batchnorm: str, accumulation: int, frozen_dtype: str) -> None:
     if batchnorm not in get_args(BatchNorm):
         raise UserError(f"batchnorm is {batchnorm!r}", supported=", ".join(get_args(BatchNorm)))
+    if frozen_dtype not in get_args(FrozenDtype):
+        raise UserError(f"frozen_dtype is {frozen_dtype!r}", supported=", ".join(get_args(FrozenDtype)))
     if accumulation < 1:
         raise UserError(f"accumulation is {accumulation}; it counts micro-steps and is at least 1")
     if not (loss is None or isinstance(loss, str) or callable(loss)):
@@ -269,7 +278,7 @@ def _entries(
     if predictions:
         entries["infer"] = entry("infer", INFER, _only(_without_updates(quiet), predictions))
     updated = {state.name for state in entries["train_step"].updates}
-    return entries, {name for name in manager.recipe.trained if name not in updated}
+    return manager.run_together(TOGETHER, entries), {name for name in manager.recipe.trained if name not in updated}
 
 
 def _seeded(graph: Graph, seed: int) -> Graph:

@@ -150,11 +150,16 @@ def export(
     ] = None,
 ) -> None:
     """Write tuned parameters under their original names, for the original model to load."""
+    from pockc.checkpoint import decoded_names
     from pockc.checkpoint import export as export_parameters
 
     missing = export_parameters(file, output, checkpoint=checkpoint, base=base)
     console = Console()
     console.print(f"Wrote {output}", soft_wrap=True, highlight=False)
+    if inexact := decoded_names(file, base):
+        what = f"{len(inexact)} frozen tensors are approximations, decoded from what the program stores of them"
+        lacking = f"{base} lacks {inexact[0]}" if base else f"{inexact[0]} for instance; --base gives the original ones"
+        console.print(Text(f"Note: {what}: {lacking}.", style="yellow"), soft_wrap=True)
     if missing:
         what = f"{len(missing)} of the model's tensors are not in the program"
         lacking = f"{base} lacks {missing[0]}" if base else f"{missing[0]} for instance; --base adds them"

@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from pockc.budget import parse_size
 from pockc.cli_model import load_model, make_loss, make_optimizer
 from pockc.errors import UserError
 from pockc.optim import Schedule
@@ -48,6 +49,15 @@ class Choices:
     step_size: Annotated[int, typer.Option(min=0, help="Optimizer steps between drops of the step schedule.")] = 0
     seed: Annotated[int, typer.Option(help="Of dropout; of `verify`, of its data.")] = 0
     label_smoothing: Annotated[float, typer.Option(min=0.0, max=1.0, help="Of cross entropy.")] = 0.0
+    frozen_dtype: Annotated[str, typer.Option(help="How large frozen weights are stored: f32, bf16, int8 or int4.")] = (
+        "f32"
+    )
+    memory_budget: Annotated[
+        str | None, typer.Option(help="Most that arena and weights may take, as 32MiB: the fastest program within it.")
+    ] = None
+    micro_batch: Annotated[
+        int, typer.Option(min=0, help="Samples that run through the step at a time; 0: all, or what a budget needs.")
+    ] = 0
 
     def arguments(self, scheme: Scheme | None = None) -> dict[str, Any]:
         """Keyword arguments that `pockc.build` and `verify_against_torch` have in common.
@@ -80,6 +90,9 @@ class Choices:
             "loss_options": {"label_smoothing": self.label_smoothing} if self.label_smoothing else {},
             "accumulation": self.accumulate,
             "seed": self.seed,
+            "frozen_dtype": self.frozen_dtype,
+            "memory_budget": parse_size(self.memory_budget) if self.memory_budget else None,
+            "micro_batch": self.micro_batch,
         }
 
     def changed(self) -> list[str]:

@@ -149,6 +149,8 @@ def _facts(metadata: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     yield "optimizer", f"{optimizer.get('name', '')}, learning rate {optimizer.get('lr', '')}"
     yield "loss", str(metadata.get("loss", ""))
     yield "batch norm", str(metadata.get("batchnorm", ""))
+    if metadata.get("frozen_dtype", "f32") != "f32":
+        yield "large frozen weights", str(metadata["frozen_dtype"])
     yield "device", str(metadata.get("device", ""))
     if metadata.get("without_gradient"):
         yield "no gradient reaches", ", ".join(metadata["without_gradient"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from pockc.passes import (
     fold_batchnorm,
     fuse,
     layout,
+    quantize_frozen,
     reorder,
     slice_updates,
     split_prefix,
@@ -47,6 +48,14 @@ class Pass:
     level: Level = "training"
     optional: bool = False
     reducible: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramPass:
+    """A pass that sees all entries of a program at once, after they are lowered."""
+
+    name: str
+    run: Callable[[Mapping[str, Graph], Recipe], dict[str, Graph]]
 
 
 # What every entry shares: the user's forward graph, in the layout and parameterisation that the kernels want.
@@ -85,6 +94,10 @@ LOWER: tuple[Pass, ...] = (
     Pass("reorder", reorder.run, "lowered", reducible=True),
 )
 
+# Over all entries of a program. Last: what is compact must be agreed between entries that were lowered one by one, and
+# neither order nor plan depends on it.
+TOGETHER: tuple[ProgramPass, ...] = (ProgramPass("quantize-frozen", quantize_frozen.run),)
+
 
 def switches() -> tuple[str, ...]:
     """The names that `Recipe.disabled` knows, in the order in which the passes run."""
@@ -114,16 +127,34 @@ class Manager:
             started = time.perf_counter()
             try:
                 after = step.run(graph, self.recipe)
-                self._verify(after, step)
+                self._verify(after, step.level)
             except UserError:
                 raise
             except Exception as error:
-                raise self._failure(entry, step, done, graph, error) from error
+                raise self._failure(entry, step.name, done, graph, error) from error
             graph = after
             done.append(step.name)
-            self.timings.append((entry, step.name, (time.perf_counter() - started) * 1e3, len(graph.nodes)))
-            self._dump(entry, step, graph)
+            self._record(entry, step.name, graph, started)
         return graph
+
+    def run_together(self, passes: Sequence[ProgramPass], entries: Mapping[str, Graph]) -> dict[str, Graph]:
+        """The entries after these passes; errors as for `run`. The time of a pass counts for the first entry."""
+        for step in passes:
+            started = time.perf_counter()
+            try:
+                after = step.run(entries, self.recipe)
+                for graph in {*after.values()}.difference(entries.values()):
+                    self._verify(graph, "lowered")
+            except UserError:
+                raise
+            except Exception as error:
+                entry, graph = next(iter(entries.items()))
+                raise self._failure(entry, step.name, [], graph, error) from error
+            entries = after
+            for entry, graph in entries.items():
+                self._record(entry, step.name, graph, started)
+                started = time.perf_counter()
+        return dict(entries)
 
     def _skipped(self, step: Pass) -> bool:
         if not step.optional:
@@ -134,27 +165,28 @@ class Manager:
         fuel = os.environ.get("POCKC_STOP_AFTER")
         return fuel is not None and self.optional_run > int(fuel)
 
-    def _verify(self, graph: Graph, step: Pass) -> None:
+    def _verify(self, graph: Graph, legality: Level) -> None:
         level = os.environ.get("POCKC_VERIFY", "1")
         if level == "0":
             return
-        verify(graph, step.level, self.supports)
+        verify(graph, legality, self.supports)
         if level == "2":
             from pockc.text import parse, show  # only this debugging level needs the parser
 
             if show(parse(show(graph))) != show(graph):
                 raise InternalError("the text of the graph does not round-trip")
 
-    def _dump(self, entry: str, step: Pass, graph: Graph) -> None:
+    def _record(self, entry: str, name: str, graph: Graph, started: float) -> None:
+        self.timings.append((entry, name, (time.perf_counter() - started) * 1e3, len(graph.nodes)))
         if folder := os.environ.get("POCKC_DUMP"):
             Path(folder).mkdir(parents=True, exist_ok=True)
-            Path(folder, f"{len(self.timings):02d}-{entry}-{step.name}.txt").write_text(str(graph))
+            Path(folder, f"{len(self.timings):02d}-{entry}-{name}.txt").write_text(str(graph))
 
-    def _failure(self, entry: str, step: Pass, done: list[str], graph: Graph, error: Exception) -> InternalError:
+    def _failure(self, entry: str, name: str, done: list[str], graph: Graph, error: Exception) -> InternalError:
         with tempfile.NamedTemporaryFile("w", prefix="pockc-", suffix=".txt", delete=False) as dump:
             dump.write(str(graph))
         before = ", ".join(done) or "no other pass"
         return InternalError(
-            f"pass {step.name} of {entry} failed after {before}: {error} "
+            f"pass {name} of {entry} failed after {before}: {error} "
             f"The graph it was given is in {dump.name}. Please report this."
         )

@@ -35,6 +35,10 @@ def fixed():
     return Net().eval(), {"x": torch.randn(2, 6)}
 
 
+def wide():
+    return nn.Sequential(nn.Linear(16, 128), nn.ReLU(), nn.Linear(128, 4)).eval(), {"input": torch.randn(2, 16)}
+
+
 def with_labels():
     return Net().eval(), {"x": torch.randn(2, 6), "labels": torch.tensor([0, 1])}
 

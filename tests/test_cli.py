@@ -232,3 +232,17 @@ def test_internal_error_asks_for_a_report(shell: Shell, monkeypatch: pytest.Monk
     code, _, err = shell("build", "model.py:make")
     assert code == 3
     assert "pass fuse broke an invariant" in err and "please report it" in err
+
+
+def test_frozen_weights_in_fewer_bytes_are_built_verified_and_exported(shell: Shell) -> None:
+    code, out, err = shell("build", "model.py:wide", "--scheme", "head", "--frozen-dtype", "int8")
+    assert (code, err) == (0, "")
+    assert re.search(r"large frozen weights\s*│ int8 ", out)
+    code, out, _ = shell("inspect", "out/model.pock", "--text")
+    assert code == 0 and "state %0.weight: q8[128,16] parameter" in out
+    code, out, _ = shell("export", "out/model.pock", "-o", "tuned.safetensors")
+    assert code == 0 and "Note: 1 frozen tensors are approximations" in out and "0.weight" in out
+    code, out, _ = shell("verify", "model.py:wide", "--scheme", "head", "--frozen-dtype", "int8")
+    assert code == 0 and "agrees with PyTorch" in out
+    code, _, err = shell("build", "model.py:wide", "--frozen-dtype", "int2")
+    assert code == 2 and "f32, bf16, int8, int4" in err

@@ -6,11 +6,11 @@ import numpy as np
 
 from pockc.ir import Array, Builder, Node, TensorType, Value
 from pockc.ops import Sample, define
-from pockc.ops.common import f32, require, require_dtype, unary_vjp
+from pockc.ops.common import f32, require, require_dtype, require_weight, unary_vjp
 
 
 def _embedding_rule(weight: TensorType, ids: TensorType, *, padding_index: int = -1) -> TensorType:
-    require_dtype("the weight", weight, "f32")
+    require_weight("the weight", weight)
     require(len(weight.shape) == 2, f"the weight must be f32[V,D], not {weight}")
     require_dtype("the ids", ids, "i64")
     _require_padding_index(padding_index, weight.shape[0])
@@ -47,6 +47,7 @@ define(
         Sample((f32(5, 3), _IDS), {"padding_index": 4}, lambda t, w, i: t.nn.functional.embedding(i, w, 4)),
     ],
     saves="ids",
+    weight=0,
 )
 
 

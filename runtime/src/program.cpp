@@ -36,9 +36,12 @@ Status read_header(const char* path, Bytes file, uint32_t* section_count, uint8_
   const uint32_t header_crc = reader.u32();
   if (crc32(0, file.data, 28) != header_crc)
     return fail(PK_BAD_FILE, "%s: the header's checksum is wrong", path);
-  if (version != kFormatVersion) {
-    return fail(PK_BAD_FILE, "%s has format version %u, this runtime reads version %u: rebuild the program",
-                path, version, kFormatVersion);
+  if (version < 1 || version > kFormatVersion) {
+    return fail(
+        PK_BAD_FILE,
+        "%s has format version %u, this runtime reads versions 1 to %u: rebuild the program, or update the "
+        "runtime",
+        path, version, kFormatVersion);
   }
   if (size > kMaxFileBytes)
     return fail(PK_BAD_FILE, "%s: the header is corrupt: the size is out of range", path);
@@ -88,13 +91,14 @@ Status read_sections(const char* path, Bytes file, uint32_t section_count, Secti
 }  // namespace
 
 const char* dtype_name(DType dtype) {
-  constexpr const char* kNames[] = {"float32", "int64", "int32", "uint8", "bool"};
+  constexpr const char* kNames[] = {"float32", "int64", "int32", "uint8", "bool", "bf16", "q8", "q4"};
   return kNames[static_cast<int>(dtype)];
 }
 
 Tensor StateRecord::original_type(const Tensor& stored) const {
   Tensor type = stored;
   type.data = nullptr;
+  if (is_compact(stored.dtype)) type.dtype = DType::kF32;
   for (int axis = 0; axis < permutation_rank; ++axis) type.dims[permutation[axis]] = stored.dims[axis];
   return type;
 }

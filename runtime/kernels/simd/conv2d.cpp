@@ -42,7 +42,6 @@ Status run_conv2d(const Call& call) {
   g.m = c.batch * c.out_height * c.out_width;
   g.n = c.group_out();
   g.k = c.taps() * c.group_in();
-  g.b.stride = g.k;
   g.b.transposed = true;
   g.c.stride = c.out_channels;
   g.epilogue = epilogue;
@@ -51,7 +50,7 @@ Status run_conv2d(const Call& call) {
     g.a.data = x + group * c.group_in();
     g.a.stride = c.channels;
     if (!c.pointwise()) g.a.patches = &patches;
-    g.b.data = call.inputs[1].as<float>() + group * g.n * g.k;
+    set_weight(call.inputs[1], group * g.n, g.k, &g.b);
     g.c.data = call.outputs[0].as<float>() + group * g.n;
     if (epilogue.bias != nullptr) g.epilogue.bias = epilogue.bias + group * g.n;
     gemm_parallel(call, g, workspace(call));

@@ -73,8 +73,7 @@ void run_phase(const Call& call, const Convolution& c, int64_t group, int64_t ph
   g.a.data = p.image;
   g.a.stride = c.out_channels;
   if (!c.pointwise()) g.a.patches = &p;
-  g.b.data = call.inputs[1].as<float>() + group * out * c.taps() * g.n;
-  g.b.stride = c.taps() * g.n;
+  set_weight(call.inputs[1], group * out, c.taps() * g.n, &g.b);
   g.b.group_offsets = c.taps() == 1 ? nullptr : offsets;
   g.b.group_size = out;
   gemm_parallel(call, g, workspace(call));
