@@ -19,7 +19,7 @@ from pockc.ops import OPS
 from pockc.passes import reorder
 from pockc.passes.lifetimes import buffers
 from pockc.passes.memory import Interval, Workspace, live_bytes
-from pockc.passes.micro_batches import Cut, Network, Part, analyse, cut_behind, split
+from pockc.passes.micro_batches import Cut, Network, Part, analyse, batch_of, cut_behind, split
 from pockc.passes.schedule_greedy import order_under
 from pockc.passes.schedule_model import problem_of
 from pockc.recipe import Recipe, no_workspace
@@ -39,7 +39,7 @@ def run(graph: Graph, recipe: Recipe) -> Graph:
     Post: the same function; where that lowers the peak by `LEAST_GAIN`, every node of a prefix, which is batch-parallel
           by the rules of `batch_rules`, runs once per micro-batch, and `insert` puts the boundary together.
     """
-    batch = _batch(graph)
+    batch = batch_of(graph)
     if batch < 2:
         return graph
     ordered = reorder.run(graph, recipe)
@@ -55,12 +55,6 @@ def run(graph: Graph, recipe: Recipe) -> Graph:
     limit = max(reached, _peaks(network, cut, sizes[-1], recipe.workspace).prefix)
     size = next(size for size in sizes if _peaks(network, cut, size, recipe.workspace).prefix <= limit)
     return after if size == sizes[-1] else _reordered(network, cut, size, recipe)[1]
-
-
-def _batch(graph: Graph) -> int:
-    """The leading size that most inputs share; 0 without inputs."""
-    sizes = [value.type.shape[0] for value in graph.inputs if value.type.shape]
-    return max(sizes, key=sizes.count, default=0)
 
 
 def _eager(graph: Graph, recipe: Recipe) -> Graph:

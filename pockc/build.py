@@ -15,6 +15,7 @@ from pockc.ir import Graph
 from pockc.losses import LOSSES
 from pockc.optim import AdamW, Optimizer
 from pockc.passes import memory
+from pockc.passes.channel_chains import tiles_of
 from pockc.pipeline import ACCUMULATE, COMMON, EVAL, INFER, LOWER, TRAIN, Manager, Pass
 from pockc.program import Program, place_states
 from pockc.recipe import BatchNorm, Recipe
@@ -180,7 +181,8 @@ def _entries(
 
     entries = {"train_step": entry("train_step", TRAIN, common)}
     planned = memory.run(entries["train_step"], manager.recipe.workspace).nbytes
-    manager.recipe = replace(manager.recipe, sufficient=planned)
+    tiles = tiles_of(entries["train_step"])
+    manager.recipe = replace(manager.recipe, sufficient=planned, tiles=tiles)
     if manager.recipe.accumulation > 1:
         entries["accumulate"] = entry("accumulate", ACCUMULATE, common)
     entries["eval_step"] = entry("eval_step", EVAL, _without_updates(quiet))

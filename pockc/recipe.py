@@ -28,6 +28,7 @@ class Recipe:
     ``accumulation`` is the number of micro-steps per optimizer step; ``threads`` sizes the kernels' workspaces,
     and ``workspace`` is the target's count of their bytes for a node: passes that weigh memory ask it.
     ``sufficient`` is what another entry of the program takes of the arena anyway: below it no byte is worth a search.
+    ``tiles`` is how another entry cut its weights, by name, into how many tiles; None where the entry is the first.
     """
 
     trained: Mapping[str, Channels | None]
@@ -39,5 +40,6 @@ class Recipe:
     threads: int = 1
     workspace: Callable[[Node], int] = no_workspace
     sufficient: int = 0
+    tiles: Mapping[str, int] | None = None
     updated_buffers: frozenset[str] = frozenset()  # running statistics that a training entry updates
     disabled: frozenset[str] = frozenset()  # names of passes that the user switched off, for ablation
