@@ -124,18 +124,44 @@ def readers_of_states(graph: Graph) -> dict[Value, list[int]]:
     return readers
 
 
+def update_chains(graph: Graph) -> dict[Value, tuple[Value, ...]]:
+    """For each updated state, the values that lead to its new one, which is the last of them.
+
+    There are several where optimizer nodes update it part by part, each reading nothing but what the one before left.
+    """
+    makers, readers, outputs = graph.producers(), graph.consumers(), set(graph.outputs.values())
+
+    def before(value: Value) -> Value | None:
+        node = makers.get(value)
+        home = optimizer_homes(node).get(node.outputs.index(value)) if node is not None else None
+        source = node.inputs[home] if node is not None and home is not None else None
+        if source is None or source not in makers or not optimizer_homes(makers[source]):
+            return None
+        return source if len(readers[source]) == 1 and source not in outputs else None
+
+    chains = {}
+    for state, value in graph.updates.items():
+        chain = [value]
+        while (source := before(chain[0])) is not None:
+            chain.insert(0, source)
+        chains[state] = tuple(chain)
+    return chains
+
+
 def updates_in_place(graph: Graph) -> dict[Value, Value]:
     """New value -> state, where writing the new value straight into the state's buffer is right.
 
     It is where the value is made by a node of this graph, every reader of the old contents comes before that node
-    (or is it, and the op allows it), and no two states claim the same value.
+    (or is it, and the op allows it), and no two states claim the same value. Of a state that is updated part by part,
+    all the values of its chain are listed, in order.
     """
     maker = {output: (i, node) for i, node in enumerate(graph.nodes) for output in node.outputs}
     root = storages(graph)
     readers = readers_of_states(graph)
     homes: dict[Value, Value] = {}
-    for state, value in graph.updates.items():
-        if value not in maker or value in homes or state.type != value.type:
+    for state, chain in update_chains(graph).items():
+        value = chain[0]
+        if value not in maker or chain[-1] in homes or state.type != value.type:
             continue
         index, node = maker[value]
         if root[value] is not value:
@@ -144,7 +170,7 @@ def updates_in_place(graph: Graph) -> dict[Value, Value]:
         allowed = set(own) <= set(in_place_inputs(node, node.outputs.index(value)))
         last_reader = max(readers[state], default=-1)
         if last_reader < index or (last_reader == index and own and allowed):
-            homes[value] = state
+            homes.update((link, state) for link in chain)
     return homes
 
 

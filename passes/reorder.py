@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from pockc.ir import Builder, Graph, Node, Origin
 from pockc.passes import memory, schedule_exact, schedule_greedy, schedule_window
-from pockc.passes.lifetimes import readers_of_states, updates_in_place
+from pockc.passes.lifetimes import readers_of_states, update_chains, updates_in_place
 from pockc.passes.schedule_model import problem_of
 from pockc.recipe import Recipe
 
@@ -69,7 +69,7 @@ def _by_updates(graph: Graph) -> Graph:
         for i in earlier:
             followers[i].append(index)
     readers = readers_of_states(graph)
-    for state, value in graph.updates.items():
+    for state, (value, *_) in update_chains(graph).items():
         if value not in maker:
             continue
         others = set(readers[state]) - {maker[value]}

@@ -16,6 +16,7 @@ from pockc.losses import LOSSES
 from pockc.optim import AdamW, Optimizer
 from pockc.passes import memory
 from pockc.passes.channel_chains import tiles_of
+from pockc.passes.lifetimes import update_chains
 from pockc.pipeline import ACCUMULATE, COMMON, EVAL, INFER, LOWER, TRAIN, Manager, Pass
 from pockc.program import Program, place_states
 from pockc.recipe import BatchNorm, Recipe
@@ -225,7 +226,7 @@ def _trained_elements(graph: Graph) -> int:
     """How many numbers a step updates: of a channel-sparse weight only the selected part counts."""
     makers = graph.producers()
     total = 0
-    for state, value in graph.updates.items():
+    for state, parts in update_chains(graph).items():
         if graph.states[state].kind == "parameter":
-            total += makers[value].inputs[1].type.elements
+            total += sum(makers[value].inputs[1].type.elements for value in parts)
     return total

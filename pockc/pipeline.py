@@ -27,6 +27,7 @@ from pockc.passes import (
     slice_updates,
     split_prefix,
     tile_channels,
+    tile_updates,
 )
 from pockc.recipe import Recipe
 from pockc.verify import Level, verify
@@ -75,7 +76,12 @@ LOWER: tuple[Pass, ...] = (
     Pass("dce", dce.run),
     Pass("fuse", fuse.run, "lowered", optional=True),  # after differentiation: gradients read unfused nodes
     Pass("duplicate", duplicate.run, "lowered", optional=True),  # before the order is chosen
-    Pass("tile-channels", tile_channels.run, "lowered", optional=True),  # chains of fused products; before they multiply
+    Pass(
+        "tile-updates", tile_updates.run, "lowered", optional=True
+    ),  # before what is content below the highest gradient
+    Pass(
+        "tile-channels", tile_channels.run, "lowered", optional=True
+    ),  # chains of fused products; before they multiply
     Pass("split-prefix", split_prefix.run, "lowered", optional=True),  # after the last pass that adds readers
     Pass("reorder", reorder.run, "lowered"),
 )
