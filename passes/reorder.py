@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from pockc.ir import Builder, Graph, Node, Origin
 from pockc.passes import memory, schedule_exact, schedule_greedy, schedule_window
-from pockc.passes.lifetimes import readers_of_states, update_chains, updates_in_place
+from pockc.passes.lifetimes import readers_of_states, storages, update_chains, updates_in_place
 from pockc.passes.schedule_model import problem_of
 from pockc.recipe import Recipe
 
@@ -128,7 +128,7 @@ def _ordered(graph: Graph, order: Iterable[int]) -> Graph:
 
 
 def _materialise_updates(graph: Graph) -> Graph:
-    """Append a `copy` for every update that cannot be written in place, and for outputs that are bare operands.
+    """Append a `copy` for every update that cannot be written in place, and for outputs that are operands or parts.
 
     A copy into one state may itself have to wait for a copy out of it (two states that swap): hence the loop.
     """
@@ -136,7 +136,8 @@ def _materialise_updates(graph: Graph) -> Graph:
     while True:
         homes = {state: value for value, state in updates_in_place(graph).items()}
         late = {state: value for state, value in graph.updates.items() if homes.get(state) is not value}
-        outputs = {name: value for name, value in graph.outputs.items() if value in bare}
+        storage = storages(graph)
+        outputs = {name: value for name, value in graph.outputs.items() if storage[value] in bare}
         if not late and not outputs:
             return graph
         builder = Builder(graph)

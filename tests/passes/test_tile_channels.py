@@ -37,7 +37,7 @@ def parameter(b: Builder, name: str, *shape: int) -> Value:
 def depthwise(b: Builder, x: Value, name: str = "deep", **attrs: Any) -> Value:
     channels = x.type.shape[3]
     weight, bias = parameter(b, f"{name}.w", channels, 3, 3, 1), parameter(b, f"{name}.b", channels)
-    clip = {"activation": "clip", "low": 0.0, "high": 6.0}
+    clip: dict[str, Any] = {"activation": "clip", "low": 0.0, "high": 6.0}
     return b("conv2d", x, weight, bias, groups=channels, padding=(1, 1, 1, 1), **clip, **attrs)
 
 
