@@ -129,7 +129,8 @@ RULES: dict[str, Rule] = {
         _only(0),
         "neg", "abs", "sign", "exp", "log", "sqrt", "rsqrt", "reciprocal", "sin", "cos", "tanh", "sigmoid", "erf",
         "softplus", "floor", "silu", "hardswish", "hardsigmoid", "gelu", "leaky_relu", "elu", "pow_scalar", "clip",
-        "logical_not", "cast", "copy", "reshape", "range_mask", "conv2d", "max_pool2d", "avg_pool2d",
+        "logical_not", "cast", "copy", "reshape", "range_mask", "conv2d", "conv2d_grad_input",
+        "max_pool2d", "avg_pool2d",
     ),
     **_table(
         _aligned,

@@ -27,7 +27,7 @@ def run(graph: Graph, recipe: Recipe) -> Graph:
     """
     if "reorder" in recipe.disabled:
         return _materialise_updates(graph)
-    return _smallest(_materialise_updates(_by_updates(_sink_cheap(graph))), recipe)
+    return _smallest(_materialise_updates(by_updates(_sink_cheap(graph))), recipe)
 
 
 def _sink_cheap(graph: Graph) -> Graph:
@@ -57,7 +57,7 @@ def _sink_cheap(graph: Graph) -> Graph:
     return replace(graph, nodes=tuple(order))
 
 
-def _by_updates(graph: Graph) -> Graph:
+def by_updates(graph: Graph) -> Graph:
     """Move every node that makes the new value of a state behind the readers of the old one, where that is possible.
 
     It is not where one of them needs the new value itself; such an update is left to a copy.

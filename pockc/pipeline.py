@@ -25,6 +25,7 @@ from pockc.passes import (
     layout,
     reorder,
     slice_updates,
+    split_backward,
     split_prefix,
     tile_channels,
     tile_updates,
@@ -76,12 +77,9 @@ LOWER: tuple[Pass, ...] = (
     Pass("dce", dce.run),
     Pass("fuse", fuse.run, "lowered", optional=True),  # after differentiation: gradients read unfused nodes
     Pass("duplicate", duplicate.run, "lowered", optional=True),  # before the order is chosen
-    Pass(
-        "tile-updates", tile_updates.run, "lowered", optional=True
-    ),  # before what is content below the highest gradient
-    Pass(
-        "tile-channels", tile_channels.run, "lowered", optional=True
-    ),  # chains of fused products; before they multiply
+    Pass("split-backward", split_backward.run, "lowered", optional=True),  # before what is fitted below the rest
+    Pass("tile-updates", tile_updates.run, "lowered", optional=True),  # as is what follows
+    Pass("tile-channels", tile_channels.run, "lowered", optional=True),  # of fused products, while each is there once
     Pass("split-prefix", split_prefix.run, "lowered", optional=True),  # after the last pass that adds readers
     Pass("reorder", reorder.run, "lowered"),
 )
