@@ -16,7 +16,7 @@ from pockc.ir import Graph
 from pockc.ops import OPS
 from pockc.passes import reorder, split_prefix
 from pockc.passes.cost import BYTES_PER_SECOND, CALL_SECONDS
-from pockc.passes.micro_batches import parts_of, split
+from pockc.passes.micro_batches import batch_of, parts_of, split
 from pockc.passes.recompute_model import Choice, Step, choices, without_waste
 from pockc.passes.rematerialise import with_second_computations
 from pockc.passes.split_step import Analysis, analyse
@@ -51,7 +51,7 @@ def run(graph: Graph, recipe: Recipe) -> Graph:
     if not graph.updates:
         return graph
     ordered = split_prefix.eager(reorder.prepared(graph), recipe)
-    batch = split_prefix.batch_of(ordered)
+    batch = batch_of(ordered)
     analysis = analyse(ordered, batch) if batch > 1 else None
     if recipe.micro_batch and analysis is not None and analysis.obstacle is not None:
         raise UserError(

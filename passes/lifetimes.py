@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 
-from pockc.ir import Graph, Node, Value
+from pockc.ir import Graph, Node, TensorType, Value
 from pockc.ops import OPS
 
 ALIGNMENT = 64
@@ -47,26 +48,67 @@ def in_place_inputs(node: Node, output: int) -> tuple[int, ...]:
     return OPS[node.op].in_place if output == 0 else ()
 
 
-def storages(graph: Graph) -> dict[Value, Value]:
-    """For each value, the one whose bytes it is: itself, or what it is a view of, at any remove."""
-    root: dict[Value, Value] = {value: value for value in (*graph.inputs, *graph.states)}
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """The bytes that a value is: those of ``storage`` from ``offset`` on."""
+
+    storage: Value  # the value itself, or what it is a view of, at any remove
+    offset: int = 0
+
+
+def extents(graph: Graph) -> dict[Value, Extent]:
+    """Where the bytes of each value are.
+
+    Views are reshapes, and slices of inputs and states that are contiguous and begin at a multiple of the alignment.
+    Slices of other values are copied: a small part that waits for the backward pass must not keep the whole alive.
+    """
+    found = {value: Extent(value) for value in (*graph.inputs, *graph.states)}
+    given = set(found)
     for node in graph.nodes:
+        source = found.get(node.inputs[0]) if node.inputs else None
+        offset = view_offset(node, source is not None and source.storage in given)
         for output in node.outputs:
-            root[output] = root[node.inputs[0]] if OPS[node.op].view else output
-    return root
+            if source is None or offset is None:
+                found[output] = Extent(output)
+            else:
+                found[output] = Extent(source.storage, source.offset + offset)
+    return found
 
 
-def takeover_candidates(node: Node, position: int, storage: Mapping[Value, object]) -> list[Value]:
+def view_offset(node: Node, of_given: bool) -> int | None:
+    """At which byte of its first operand a view begins; None for a node that makes bytes of its own."""
+    if OPS[node.op].view:
+        return 0
+    if node.op != "slice" or not of_given:
+        return None
+    return rows_offset(node.inputs[0].type, **node.attrs)
+
+
+def rows_offset(source: TensorType, *, axis: int, start: int, stop: int, step: int = 1) -> int | None:
+    """At which byte a slice begins that can be read where it lies; None for one that has to be copied."""
+    offset = source.nbytes // source.shape[axis] * start
+    contiguous = step == 1 and prod(source.shape[:axis]) == 1
+    return offset if contiguous and offset % ALIGNMENT == 0 else None
+
+
+def storages(graph: Graph) -> dict[Value, Value]:
+    """For each value, the one whose bytes it is, or is a part of: itself, or what it is a view of, at any remove."""
+    return {value: extent.storage for value, extent in extents(graph).items()}
+
+
+def takeover_candidates(node: Node, position: int, storage: Mapping[Value, Value]) -> list[Value]:
     """The operands whose bytes an output may take over, provided that nothing reads them later.
 
-    Only an operand of the output's own type, whose bytes the node reads through no other operand.
+    Only an operand of the output's own type, whose bytes the node reads through no other operand, and which is all of
+    its storage: other parts of that may be in use.
     """
     found = []
     for i in in_place_inputs(node, position):
         if i >= len(node.inputs) or node.inputs[i].type != node.outputs[position].type:
             continue
         value = node.inputs[i]
-        if sum(storage[other] is storage[value] for other in node.inputs) == 1:
+        whole = storage[value].type.nbytes == value.type.nbytes
+        if whole and sum(storage[other] is storage[value] for other in node.inputs) == 1:
             found.append(value)
     return found
 
@@ -82,26 +124,53 @@ def readers_of_states(graph: Graph) -> dict[Value, list[int]]:
     return readers
 
 
+def update_chains(graph: Graph) -> dict[Value, tuple[Value, ...]]:
+    """For each updated state, the values that lead to its new one, which is the last of them.
+
+    There are several where optimizer nodes update it part by part, each reading nothing but what the one before left.
+    """
+    makers, readers, outputs = graph.producers(), graph.consumers(), set(graph.outputs.values())
+
+    def before(value: Value) -> Value | None:
+        node = makers.get(value)
+        home = optimizer_homes(node).get(node.outputs.index(value)) if node is not None else None
+        source = node.inputs[home] if node is not None and home is not None else None
+        if source is None or source not in makers or not optimizer_homes(makers[source]):
+            return None
+        return source if len(readers[source]) == 1 and source not in outputs else None
+
+    chains = {}
+    for state, value in graph.updates.items():
+        chain = [value]
+        while (source := before(chain[0])) is not None:
+            chain.insert(0, source)
+        chains[state] = tuple(chain)
+    return chains
+
+
 def updates_in_place(graph: Graph) -> dict[Value, Value]:
     """New value -> state, where writing the new value straight into the state's buffer is right.
 
     It is where the value is made by a node of this graph, every reader of the old contents comes before that node
-    (or is it, and the op allows it), and no two states claim the same value.
+    (or is it, and the op allows it), and no two states claim the same value. Of a state that is updated part by part,
+    all the values of its chain are listed, in order.
     """
     maker = {output: (i, node) for i, node in enumerate(graph.nodes) for output in node.outputs}
+    root = storages(graph)
     readers = readers_of_states(graph)
     homes: dict[Value, Value] = {}
-    for state, value in graph.updates.items():
-        if value not in maker or value in homes or state.type != value.type:
+    for state, chain in update_chains(graph).items():
+        value = chain[0]
+        if value not in maker or chain[-1] in homes or state.type != value.type:
             continue
         index, node = maker[value]
-        if OPS[node.op].view:
+        if root[value] is not value:
             continue
         own = [i for i, operand in enumerate(node.inputs) if operand is state]
         allowed = set(own) <= set(in_place_inputs(node, node.outputs.index(value)))
         last_reader = max(readers[state], default=-1)
         if last_reader < index or (last_reader == index and own and allowed):
-            homes[value] = state
+            homes.update((link, state) for link in chain)
     return homes
 
 
@@ -112,7 +181,8 @@ def buffers(graph: Graph, *, in_place: bool = True) -> dict[Value, Buffer]:
     """
     end = len(graph.nodes)
     homes = updates_in_place(graph)
-    last_use = _last_uses(graph, end)
+    storage = storages(graph)
+    last_use = _last_uses(graph, storage, end)
     owner: dict[Value, Buffer] = {}
 
     def own(value: Value, buffer: Buffer) -> None:
@@ -130,29 +200,32 @@ def buffers(graph: Graph, *, in_place: bool = True) -> dict[Value, Buffer]:
             if output in homes:
                 own(output, state_buffers[homes[output]])
                 continue
-            source = _takeover(node, position, index, owner, last_use) if in_place or OPS[node.op].view else None
-            own(output, source or Buffer(output.type.nbytes, index, index))
+            if storage[output] is not output:
+                own(output, owner[storage[output]])
+                continue
+            candidates = takeover_candidates(node, position, storage) if in_place else []
+            heir = _takeover(candidates, index, owner, last_use)
+            own(output, heir or Buffer(output.type.nbytes, index, index))
     return owner
 
 
-def _last_uses(graph: Graph, end: int) -> dict[Value, int]:
+def _last_uses(graph: Graph, storage: Mapping[Value, Value], end: int) -> dict[Value, int]:
     """The last call that reads each value; results live to the end; a view extends what it views."""
     last = {value: index for index, node in enumerate(graph.nodes) for value in node.inputs}
     last.update({value: end for value in graph.results()})
     for node in reversed(graph.nodes):
-        if OPS[node.op].view:
-            source, view = node.inputs[0], node.outputs[0]
-            last[source] = max(last[source], last.get(view, -1))
+        for view in node.outputs:
+            if storage[view] is not view:
+                source = node.inputs[0]
+                last[source] = max(last[source], last.get(view, -1))
     return last
 
 
 def _takeover(
-    node: Node, position: int, index: int, owner: dict[Value, Buffer], last_use: dict[Value, int]
+    candidates: list[Value], index: int, owner: dict[Value, Buffer], last_use: dict[Value, int]
 ) -> Buffer | None:
-    """The buffer that an output inherits: what it views, or an operand that dies here and may be overwritten."""
-    if OPS[node.op].view:
-        return owner[node.inputs[0]]
-    for value in takeover_candidates(node, position, owner):
+    """The buffer that an output inherits: of an operand that dies here and may be overwritten."""
+    for value in candidates:
         buffer = owner[value]
         if buffer.state is None and all(last_use.get(v, -1) <= index for v in buffer.values):
             return buffer

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from pockc.errors import InternalError
 from pockc.ir import Graph, Node, Value
 from pockc.passes.lifetimes import ALIGNMENT as ALIGNMENT
-from pockc.passes.lifetimes import Buffer, buffers, updates_in_place
+from pockc.passes.lifetimes import Buffer, buffers, extents, updates_in_place
 from pockc.passes.lifetimes import aligned as aligned
 
 MOST_ROUNDS = 120  # attempts to repair one order
@@ -36,6 +36,7 @@ class Placement:
     """Where one entry's transient memory lies: byte offsets from the start of the transient part of the arena."""
 
     buffer: Mapping[Value, Buffer]  # every value of the graph; those of a state's buffer live with the state
+    shift: Mapping[Value, int]  # bytes from the start of its buffer, for values that are no start of one
     offset: Mapping[Buffer, int]
     workspace: tuple[tuple[int, int], ...]  # per node: offset, bytes
     nbytes: int  # extent of the transient part
@@ -64,6 +65,7 @@ def run(graph: Graph, workspace: Workspace, *, in_place: bool = True, search: bo
     scratch_offsets = iter(offsets[len(planned) :])
     return Placement(
         buffer=owner,
+        shift={value: extent.offset for value, extent in extents(graph).items() if extent.offset},
         offset=dict(zip(planned, offsets, strict=False)),
         workspace=tuple((next(scratch_offsets), nbytes) if nbytes else (0, 0) for nbytes in scratch),
         nbytes=total,

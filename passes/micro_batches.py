@@ -10,6 +10,7 @@ from pockc.ir import Builder, Graph, Node, Value
 from pockc.ops import OPS
 from pockc.passes.batch_rules import Roles, rescaled, roles
 from pockc.passes.batch_sums import is_mean
+from pockc.passes.lifetimes import view_offset
 from pockc.passes.rewrite import live_nodes
 
 # Made anew for each part where made of states alone: cheaper than keeping it through all parts.
@@ -36,6 +37,12 @@ class Cut:
 
     nodes: tuple[Node, ...]
     boundary: tuple[Value, ...]
+
+
+def batch_of(graph: Graph) -> int:
+    """The leading size that most inputs share; 0 without inputs."""
+    sizes = [value.type.shape[0] for value in graph.inputs if value.type.shape]
+    return max(sizes, key=sizes.count, default=0)
 
 
 def analyse(graph: Graph, batch: int) -> Network:
@@ -125,8 +132,10 @@ class _Splitter:
                     continue
                 inputs.remove(value)
                 for start, samples in parts:
-                    rows = self.taken.setdefault(start, {})
-                    rows[value] = self._slice(value, node, start, samples, {})
+                    part = self._slice(value, node, start, samples, {})
+                    if view_offset(self.builder.nodes[-1], of_given=True) is not None:
+                        part = self.builder("copy", part, hint=value.name)
+                    self.taken.setdefault(start, {})[value] = part
 
     def run(self, start: int, samples: int) -> None:
         """The prefix on samples ``[start, start + samples)``."""

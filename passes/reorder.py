@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from pockc.ir import Builder, Graph, Node, Origin
 from pockc.passes import memory, schedule_exact, schedule_greedy, schedule_window
-from pockc.passes.lifetimes import readers_of_states, updates_in_place
+from pockc.passes.lifetimes import readers_of_states, storages, update_chains, updates_in_place
 from pockc.passes.schedule_model import problem_of
 from pockc.recipe import Recipe
 
@@ -32,7 +32,7 @@ def run(graph: Graph, recipe: Recipe) -> Graph:
 
 def prepared(graph: Graph) -> Graph:
     """The nodes in an order in which every update is in place, or an explicit `copy`."""
-    return _materialise_updates(_by_updates(_sink_cheap(graph)))
+    return _materialise_updates(by_updates(_sink_cheap(graph)))
 
 
 def _sink_cheap(graph: Graph) -> Graph:
@@ -62,7 +62,7 @@ def _sink_cheap(graph: Graph) -> Graph:
     return replace(graph, nodes=tuple(order))
 
 
-def _by_updates(graph: Graph) -> Graph:
+def by_updates(graph: Graph) -> Graph:
     """Move every node that makes the new value of a state behind the readers of the old one, where that is possible.
 
     It is not where one of them needs the new value itself; such an update is left to a copy.
@@ -74,7 +74,7 @@ def _by_updates(graph: Graph) -> Graph:
         for i in earlier:
             followers[i].append(index)
     readers = readers_of_states(graph)
-    for state, value in graph.updates.items():
+    for state, (value, *_) in update_chains(graph).items():
         if value not in maker:
             continue
         others = set(readers[state]) - {maker[value]}
@@ -133,7 +133,7 @@ def _ordered(graph: Graph, order: Iterable[int]) -> Graph:
 
 
 def _materialise_updates(graph: Graph) -> Graph:
-    """Append a `copy` for every update that cannot be written in place, and for outputs that are bare operands.
+    """Append a `copy` for every update that cannot be written in place, and for outputs that are operands or parts.
 
     A copy into one state may itself have to wait for a copy out of it (two states that swap): hence the loop.
     """
@@ -141,7 +141,8 @@ def _materialise_updates(graph: Graph) -> Graph:
     while True:
         homes = {state: value for value, state in updates_in_place(graph).items()}
         late = {state: value for state, value in graph.updates.items() if homes.get(state) is not value}
-        outputs = {name: value for name, value in graph.outputs.items() if value in bare}
+        storage = storages(graph)
+        outputs = {name: value for name, value in graph.outputs.items() if storage[value] in bare}
         if not late and not outputs:
             return graph
         builder = Builder(graph)

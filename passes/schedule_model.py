@@ -109,10 +109,14 @@ class Problem:
         )
 
     def lower_bound(self) -> int:
-        """Bytes that some call needs in every order.
+        """Bytes that some call needs in every order: an order may need more."""
+        return max(self.floor, self.initial, int(self.needed().max(initial=0)))
 
-        While a node runs, everything that its ancestors made for it or for its descendants is alive. The bound is the
-        worst node's; an order may need more, since nodes that are neither ancestors nor descendants count for nothing.
+    def needed(self) -> npt.NDArray[np.int64]:
+        """Bytes that each node needs in every order.
+
+        While a node runs, everything that its ancestors made for it or for its descendants is alive. Nodes that are
+        neither count for nothing.
         """
         reach = self._reachability()
         reached_from = np.ascontiguousarray(reach.T)
@@ -128,7 +132,7 @@ class Problem:
                 made_before = reach[makers[storage]].copy()
                 made_before[makers[storage]] = False
             needed[read_later & made_before] += self.nbytes[storage]
-        return max(self.floor, self.initial, int(needed.max(initial=0)))
+        return needed
 
     def _least_allocation(self, index: int, reached: Flags) -> int:
         """What a node must allocate however early everything ran that may run before it."""
@@ -179,7 +183,7 @@ def problem_of(graph: Graph, workspace: Workspace) -> Problem:
     of the old one.
     """
     homes = updates_in_place(graph)
-    if len(homes) != len(graph.updates):
+    if not homes.keys() >= set(graph.updates.values()):
         raise InternalError("schedule: an update is not in place")
     root = storages(graph)
     values = (*graph.inputs, *(v for node in graph.nodes for v in node.outputs))

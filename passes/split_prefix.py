@@ -19,7 +19,7 @@ from pockc.ops import OPS
 from pockc.passes import reorder
 from pockc.passes.lifetimes import buffers
 from pockc.passes.memory import Interval, Workspace, live_bytes
-from pockc.passes.micro_batches import Cut, Network, analyse, cut_behind, parts_of, split
+from pockc.passes.micro_batches import Cut, Network, analyse, batch_of, cut_behind, parts_of, split
 from pockc.passes.schedule_greedy import order_under
 from pockc.passes.schedule_model import problem_of
 from pockc.recipe import Recipe, no_workspace
@@ -55,12 +55,6 @@ def run(graph: Graph, recipe: Recipe) -> Graph:
     limit = max(reached, _peaks(network, cut, sizes[-1], recipe.workspace).prefix)
     size = next(size for size in sizes if _peaks(network, cut, size, recipe.workspace).prefix <= limit)
     return after if size == sizes[-1] else _reordered(network, cut, size, recipe)[1]
-
-
-def batch_of(graph: Graph) -> int:
-    """The leading size that most inputs share; 0 without inputs."""
-    sizes = [value.type.shape[0] for value in graph.inputs if value.type.shape]
-    return max(sizes, key=sizes.count, default=0)
 
 
 def eager(graph: Graph, recipe: Recipe) -> Graph:

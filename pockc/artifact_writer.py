@@ -18,7 +18,8 @@ from pockc.compact import COMPACT_DTYPES
 from pockc.errors import InternalError, UserError
 from pockc.ir import DTYPES, Array, Graph, Node, State, StateKind, Value
 from pockc.ops import ENUM_VALUES, OPS
-from pockc.passes.memory import Placement, aligned
+from pockc.passes.lifetimes import storages
+from pockc.passes.memory import aligned
 from pockc.program import Program
 from pockc.program import states as program_states
 
@@ -179,13 +180,15 @@ class _Tables:
         offset = self.program.offset(entry, value)
         if offset is not None:
             return offset, False
-        state = self.program.placements[entry].buffer[value].state
+        placement = self.program.placements[entry]
+        state = placement.buffer[value].state
         if state is None:
             raise InternalError(f"{value!r} of {entry} has no place")
-        return self._initial(state, self.program.entries[entry].states[state]), True
+        initial = self._initial(state, self.program.entries[entry].states[state])
+        return initial + placement.shift.get(value, 0), True
 
     def _entry(self, name: str, graph: Graph) -> bytes:
-        placement = self.program.placements[name]
+        placement, storage = self.program.placements[name], storages(graph)
         index: dict[Value, int] = {}
         used = [*graph.inputs, *graph.results(), *(v for n in graph.nodes for v in (*n.inputs, *n.outputs))]
         for value in dict.fromkeys(used):
@@ -193,15 +196,11 @@ class _Tables:
         calls = [
             self._call(node, index, workspace)
             for node, workspace in zip(graph.nodes, placement.workspace, strict=True)
-            if not self._is_free_view(node, placement)
+            if storage[node.outputs[0]] is node.outputs[0]  # views are there already
         ]
         inputs = _list(_argument(value.name, index[value]) for value in graph.inputs)
         outputs = _list(_argument(key, index[value]) for key, value in graph.outputs.items())
         return _text(name) + inputs + outputs + _list(calls)
-
-    @staticmethod
-    def _is_free_view(node: Node, placement: Placement) -> bool:
-        return OPS[node.op].view and placement.buffer[node.inputs[0]] is placement.buffer[node.outputs[0]]
 
     def _call(self, node: Node, index: Mapping[Value, int], workspace: tuple[int, int]) -> bytes:
         phase = node.origin.phase

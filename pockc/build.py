@@ -17,6 +17,8 @@ from pockc.ir import Graph
 from pockc.losses import LOSSES
 from pockc.optim import AdamW, Optimizer
 from pockc.passes import memory
+from pockc.passes.channel_chains import tiles_of
+from pockc.passes.lifetimes import update_chains
 from pockc.pipeline import ACCUMULATE, COMMON, EVAL, INFER, LOWER, TOGETHER, TRAIN, Manager, Pass
 from pockc.program import Program, place_states
 from pockc.recipe import BatchNorm, FrozenDtype, Recipe
@@ -270,7 +272,8 @@ def _entries(
 
     entries = {"train_step": entry("train_step", TRAIN, common)}
     planned = memory.run(entries["train_step"], manager.recipe.workspace).nbytes
-    manager.recipe = replace(manager.recipe, sufficient=planned)
+    tiles = tiles_of(entries["train_step"])
+    manager.recipe = replace(manager.recipe, sufficient=planned, tiles=tiles)
     if manager.recipe.accumulation > 1:
         entries["accumulate"] = entry("accumulate", ACCUMULATE, common)
     entries["eval_step"] = entry("eval_step", EVAL, _without_updates(quiet))
@@ -313,7 +316,7 @@ def _trained_elements(graph: Graph) -> int:
     """How many numbers a step updates: of a channel-sparse weight only the selected part counts."""
     makers = graph.producers()
     total = 0
-    for state, value in graph.updates.items():
+    for state, parts in update_chains(graph).items():
         if graph.states[state].kind == "parameter":
-            total += makers[value].inputs[1].type.elements
+            total += sum(makers[value].inputs[1].type.elements for value in parts)
     return total

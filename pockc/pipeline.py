@@ -27,7 +27,10 @@ from pockc.passes import (
     quantize_frozen,
     reorder,
     slice_updates,
+    split_backward,
     split_prefix,
+    tile_channels,
+    tile_updates,
 )
 from pockc.recipe import Recipe
 from pockc.verify import Level, verify
@@ -90,6 +93,9 @@ LOWER: tuple[Pass, ...] = (
     Pass("fuse", fuse.run, "lowered", optional=True),  # after differentiation: gradients read unfused nodes
     Pass("duplicate", duplicate.run, "lowered", optional=True),  # before the order is chosen
     Pass("fit-memory", fit_memory.run, "lowered", optional=True),  # after cse, which would undo it
+    Pass("split-backward", split_backward.run, "lowered", optional=True),  # before what is fitted below the rest
+    Pass("tile-updates", tile_updates.run, "lowered", optional=True),  # as is what follows
+    Pass("tile-channels", tile_channels.run, "lowered", optional=True),  # of fused products, while each is there once
     Pass("split-prefix", split_prefix.run, "lowered", optional=True),  # after the last pass that adds readers
     Pass("reorder", reorder.run, "lowered", reducible=True),
 )
