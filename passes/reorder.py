@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from pockc.ir import Builder, Graph, Node, Origin
 from pockc.passes import memory, schedule_exact, schedule_greedy, schedule_window
-from pockc.passes.lifetimes import readers_of_states, updates_in_place
+from pockc.passes.lifetimes import storage_readers, update_chains, updates_in_place
 from pockc.passes.schedule_model import problem_of
 from pockc.recipe import Recipe
 
@@ -68,11 +68,13 @@ def _by_updates(graph: Graph) -> Graph:
     for index, earlier in enumerate(before):
         for i in earlier:
             followers[i].append(index)
-    readers = readers_of_states(graph)
-    for state, value in graph.updates.items():
+    known = storage_readers(graph)
+    chains = update_chains(graph).items()
+    replaced = [pair for state, chain in chains for pair in zip((state, *chain[:-1]), chain, strict=True)]
+    for old, value in replaced:
         if value not in maker:
             continue
-        others = set(readers[state]) - {maker[value]}
+        others = set(known[old]) - {maker[value]}
         if others.isdisjoint(_reachable(maker[value], followers)):
             for reader in others - before[maker[value]]:
                 before[maker[value]].add(reader)
@@ -134,8 +136,8 @@ def _materialise_updates(graph: Graph) -> Graph:
     """
     bare = {*graph.inputs, *graph.states}
     while True:
-        homes = {state: value for value, state in updates_in_place(graph).items()}
-        late = {state: value for state, value in graph.updates.items() if homes.get(state) is not value}
+        homes = updates_in_place(graph)
+        late = {state: value for state, value in graph.updates.items() if homes.get(value) is not state}
         outputs = {name: value for name, value in graph.outputs.items() if value in bare}
         if not late and not outputs:
             return graph

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 
-from pockc.errors import UserError
+from pockc.errors import UserError, near_names
 from pockc.ir import Graph
 from pockc.losses import LOSSES
 from pockc.optim import AdamW, Optimizer
 from pockc.passes import memory
+from pockc.passes.lifetimes import update_chains
 from pockc.pipeline import ACCUMULATE, COMMON, EVAL, INFER, LOWER, TRAIN, Manager, Pass
 from pockc.program import Program, place_states
 from pockc.recipe import BatchNorm, Recipe
 from pockc.scheme import Channels, Scheme, detect_family, resolve
 from pockc.targets import devices
 from pockc.targets.native import NATIVE, workspace_of
+
+ENTRIES = ("train_step", "eval_step", "infer")
 
 
 def build(
@@ -37,6 +40,7 @@ def build(
     seed: int = 0,
     disabled: frozenset[str] = frozenset(),
     compare_full: bool = False,
+    entries: Collection[str] = ENTRIES,
 ) -> Program:
     """Compile one training step of a PyTorch model.
 
@@ -54,6 +58,8 @@ def build(
         seed: of dropout and of random channel selections in presets.
         disabled: names of optional passes to switch off.
         compare_full: also plan the scheme ``full``, and keep its memory in the metadata for comparison.
+        entries: what the program can do: ``train_step``, which is always there, ``eval_step`` and ``infer``. The arena
+            has room for the largest of them.
 
     Returns:
         The program: ``save`` it, look at ``memory`` and ``text("train_step")``.
@@ -65,6 +71,7 @@ def build(
 
     optimizer = optimizer or AdamW()
     _check_options(loss, batchnorm, accumulation)
+    _check_entries(entries)
     started = time.perf_counter()
     target = devices.find(device)
     imported = trace(model, example_inputs, loss=loss, batchnorm=batchnorm)
@@ -99,7 +106,7 @@ def build(
     )
     manager = Manager(recipe, NATIVE.supports)
     graphs = imported.graph, evaluated.graph if evaluated else None
-    program, without_gradient = _plan(manager, graphs, seed)
+    program, without_gradient = _plan(manager, graphs, seed, entries)
     metadata = {
         "model": type(model).__name__,
         "family": family,
@@ -123,15 +130,21 @@ def build(
     }
     if compare_full:
         full = replace(recipe, trained=resolved("full"))
-        planned = program if full.trained == recipe.trained else _plan(Manager(full, NATIVE.supports), graphs, seed)[0]
+        planned = (
+            program
+            if full.trained == recipe.trained
+            else _plan(Manager(full, NATIVE.supports), graphs, seed, entries)[0]
+        )
         metadata["full_memory"] = planned.memory.totals()
     return replace(program, metadata=metadata)
 
 
-def _plan(manager: Manager, graphs: tuple[Graph, Graph | None], seed: int) -> tuple[Program, set[str]]:
+def _plan(
+    manager: Manager, graphs: tuple[Graph, Graph | None], seed: int, wanted: Collection[str]
+) -> tuple[Program, set[str]]:
     """A program without metadata from training and evaluation graph; the trained parameters without a gradient."""
     threads = manager.recipe.threads
-    entries, without_gradient = _entries(manager, *graphs, seed)
+    entries, without_gradient = _entries(manager, *graphs, seed, wanted)
     placements = {name: memory.run(graph, workspace_of(threads)) for name, graph in entries.items()}
     state_offset, state_bytes = place_states(entries)
     transient = max(placement.nbytes for placement in placements.values())
@@ -162,15 +175,31 @@ def _check_options(loss: object, batchnorm: str, accumulation: int) -> None:
         raise UserError(f"loss is {loss!r}", supported="a name, a callable loss(output, labels), or None")
 
 
+def _check_entries(entries: Collection[str]) -> None:
+    supported = ", ".join(ENTRIES)
+    if isinstance(entries, str):
+        raise UserError(f"entries is the text {entries!r}", supported=f"a list or tuple of {supported}")
+    if unknown := [name for name in entries if name not in ENTRIES]:
+        raise UserError(
+            f"there is no entry {unknown[0]!r}", supported=supported, instead=near_names(unknown[0], ENTRIES)
+        )
+    if "train_step" not in entries:
+        raise UserError(
+            "the entries leave out train_step, without which there is nothing to train",
+            supported=supported,
+            instead="Add train_step.",
+        )
+
+
 def _batchnorm_scales(modules: Mapping[str, str]) -> frozenset[str]:
     """The gammas of all batch norms: policy ``fold`` freezes them."""
     return frozenset(f"{path}.weight" for path, kind in modules.items() if "BatchNorm" in kind)
 
 
 def _entries(
-    manager: Manager, train_graph: Graph, eval_graph: Graph | None, seed: int
+    manager: Manager, train_graph: Graph, eval_graph: Graph | None, seed: int, wanted: Collection[str]
 ) -> tuple[dict[str, Graph], set[str]]:
-    """All entry graphs, scheduled, and the trained parameters that no gradient reaches."""
+    """The wanted entry graphs, scheduled, and the trained parameters that no gradient reaches."""
     common = manager.run("common", COMMON, _seeded(train_graph, seed))
     quiet = manager.run("common-eval", COMMON, eval_graph) if eval_graph is not None else common
     has_loss = manager.recipe.loss is not None
@@ -183,9 +212,10 @@ def _entries(
     manager.recipe = replace(manager.recipe, sufficient=planned)
     if manager.recipe.accumulation > 1:
         entries["accumulate"] = entry("accumulate", ACCUMULATE, common)
-    entries["eval_step"] = entry("eval_step", EVAL, _without_updates(quiet))
+    if "eval_step" in wanted:
+        entries["eval_step"] = entry("eval_step", EVAL, _without_updates(quiet))
     predictions = {n: v for n, v in quiet.outputs.items() if has_loss or n != "loss"}
-    if predictions:
+    if predictions and "infer" in wanted:
         entries["infer"] = entry("infer", INFER, _only(_without_updates(quiet), predictions))
     updated = {state.name for state in entries["train_step"].updates}
     return entries, {name for name in manager.recipe.trained if name not in updated}
@@ -223,7 +253,7 @@ def _trained_elements(graph: Graph) -> int:
     """How many numbers a step updates: of a channel-sparse weight only the selected part counts."""
     makers = graph.producers()
     total = 0
-    for state, value in graph.updates.items():
+    for state, chain in update_chains(graph).items():
         if graph.states[state].kind == "parameter":
-            total += makers[value].inputs[1].type.elements
+            total += sum(makers[value].inputs[1].type.elements for value in chain)
     return total

@@ -74,6 +74,9 @@ def build(
     label_smoothing: LabelSmoothing = 0.0,
     selftest: Annotated[bool, typer.Option(help="Store inputs and outputs for `pock-run selftest`.")] = True,
     compare_full: Annotated[bool, typer.Option(help="Also plan full backpropagation, to compare memory.")] = True,
+    entries: Annotated[
+        str, typer.Option(help="What the program can do; train_step is needed.")
+    ] = "train_step,eval_step,infer",
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for model.pock and pock-run.")] = Path("out"),
 ) -> None:
     """Compile a model into a training program."""
@@ -87,7 +90,14 @@ def build(
         model, scheme, batchnorm, loss, optimizer, learning_rate, batch_size, clip_norm, weight_decay, momentum,
         (schedule, warmup, total_steps, step_size), label_smoothing,
     )  # fmt: skip
-    program = build_program(**options, device=device, accumulation=accumulate, seed=seed, compare_full=compare_full)
+    program = build_program(
+        **options,
+        device=device,
+        accumulation=accumulate,
+        seed=seed,
+        compare_full=compare_full,
+        entries=[name.strip() for name in entries.split(",")],
+    )
     file = output / "model.pock"
     program.save(file, golden=named_arrays(options["model"], options["example_inputs"]) if selftest else None)
     console = Console()

@@ -26,6 +26,7 @@ from pockc.passes import (
     reorder,
     slice_updates,
     split_prefix,
+    tile_vocabulary,
 )
 from pockc.recipe import Recipe
 from pockc.verify import Level, verify
@@ -63,7 +64,7 @@ TRAIN: tuple[Pass, ...] = (
     Pass("slice-updates", slice_updates.run, optional=True),  # needs the takes that attach-optimizer made
 )
 ACCUMULATE: tuple[Pass, ...] = (*TRAIN[:2], Pass("accumulate", attach_optimizer.accumulate), TRAIN[3])
-EVAL: tuple[Pass, ...] = (TRAIN[0],)
+EVAL: tuple[Pass, ...] = (Pass("attach-loss", attach_loss.evaluation),)
 INFER: tuple[Pass, ...] = ()
 
 # To kernels, in the order they will run.
@@ -74,6 +75,7 @@ LOWER: tuple[Pass, ...] = (
     Pass("dce", dce.run),
     Pass("fuse", fuse.run, "lowered", optional=True),  # after differentiation: gradients read unfused nodes
     Pass("duplicate", duplicate.run, "lowered", optional=True),  # before the order is chosen
+    Pass("tile-vocabulary", tile_vocabulary.run, "lowered", optional=True),  # gradients and updates are final by now
     Pass("split-prefix", split_prefix.run, "lowered", optional=True),  # after the last pass that adds readers
     Pass("reorder", reorder.run, "lowered"),
 )
