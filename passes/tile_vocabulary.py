@@ -194,12 +194,12 @@ def _tile_width(head: Head) -> int:
 
 
 def _worthwhile(graph: Graph, candidate: Graph, recipe: Recipe) -> bool:
-    before = memory.live_peak(reorder.run(graph, recipe), recipe.workspace)
-    if before <= recipe.sufficient:
-        return False
-    after = memory.live_peak(reorder.run(candidate, recipe), recipe.workspace)
-    slower = sum(map(seconds, candidate.nodes)) / sum(map(seconds, graph.nodes)) - 1
-    return 1 - max(after, recipe.sufficient) / before > max(0.0, slower)
+    slower = max(0.0, sum(map(seconds, candidate.nodes)) / sum(map(seconds, graph.nodes)) - 1)
+    after = max(memory.live_peak(reorder.run(candidate, recipe), recipe.workspace), recipe.sufficient)
+    if 1 - after / reorder.least_peak(graph, recipe) > slower:
+        return True
+    before = memory.live_peak(reorder.run(graph, recipe), recipe.workspace)  # a search that takes its time
+    return 1 - after / before > slower
 
 
 def tiled(graph: Graph, head: Head, width: int) -> Graph:

@@ -299,7 +299,7 @@ def test_reader_of_the_old_weight_comes_before_the_first_link() -> None:
     assert update_chains(graph)[p] == links
     assert overwritten(graph) == {links[1]: (p, p)}  # p is still read behind the first link, which needs its own buffer
     scheduled = reorder.run(graph, recipe())
-    assert [node.op for node in scheduled.nodes][0] == "exp"
+    assert scheduled.nodes[0].op == "exp"
     assert overwritten(scheduled) == {links[0]: (p, p), links[1]: (p, links[0])}
     assert memory.run(scheduled, no_workspace).buffer[links[0]].state is p
 
