@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib import pyplot
 
 from benchmarks import report
+from pockc.build import ENTRIES
 
 if TYPE_CHECKING:
     from benchmarks.memory import Result
@@ -41,7 +42,7 @@ def print_cases(results: Sequence[Result], judged: bool) -> None:
     report.print_table("What a training step adds to the parameters; SGD", columns, rows)
     report.print_table(
         "The plan of pockc, MB",
-        ["case", "arena", "mapped", *(f"{name} part" for name in results[0].plan.entries), "at the peak",
+        ["case", "arena", "mapped", *(f"{name} part" for name in ENTRIES), "at the peak",
          "pock-run resident", "of tolerance"],
         [_plan_row(result) for result in results],
     )  # fmt: skip
@@ -78,7 +79,7 @@ def _plan_row(result: Result) -> list[str]:
         result.case.title,
         report.megabytes(plan.arena_bytes),
         report.megabytes(plan.mapped_bytes),
-        *(report.megabytes(size) for size in plan.entries.values()),
+        *(report.megabytes(plan.entries[name]) if name in plan.entries else "no entry" for name in ENTRIES),
         ", ".join(f"{name} {report.megabytes(size)}" for name, size in kinds),
         report.megabytes(plan.process_bytes),
         f"{plan.process_excess:.2f}",

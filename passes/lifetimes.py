@@ -113,65 +113,82 @@ def takeover_candidates(node: Node, position: int, storage: Mapping[Value, Value
     return found
 
 
-def readers_of_states(graph: Graph) -> dict[Value, list[int]]:
-    """For each state, the calls that read it, directly or through a view."""
+def storage_readers(graph: Graph) -> dict[Value, list[int]]:
+    """For each storage (see `storages`), the calls that read it, directly or through a view."""
     root = storages(graph)
-    readers: dict[Value, list[int]] = {state: [] for state in graph.states}
+    found: dict[Value, list[int]] = {value: [] for value in root.values()}
     for index, node in enumerate(graph.nodes):
         for value in node.inputs:
-            if root[value] in readers:
-                readers[root[value]].append(index)
-    return readers
+            found[root[value]].append(index)
+    return found
 
 
 def update_chains(graph: Graph) -> dict[Value, tuple[Value, ...]]:
-    """For each updated state, the values that lead to its new one, which is the last of them.
+    """For each updated state, what takes its place one after the other: last its new value.
 
-    There are several where optimizer nodes update it part by part, each reading nothing but what the one before left.
+    As a rule that is the new value alone. Updates of some rows each make a chain, in which every link has the rows of
+    the one before it but for its own.
     """
-    makers, readers, outputs = graph.producers(), graph.consumers(), set(graph.outputs.values())
+    maker = graph.producers()
+    results = set(graph.results())
 
-    def before(value: Value) -> Value | None:
-        node = makers.get(value)
-        home = optimizer_homes(node).get(node.outputs.index(value)) if node is not None else None
-        source = node.inputs[home] if node is not None and home is not None else None
-        if source is None or source not in makers or not optimizer_homes(makers[source]):
+    def older(link: Value) -> Value | None:
+        node = maker.get(link)
+        if node is None or not optimizer_homes(node) or not _updates_part(node):
             return None
-        return source if len(readers[source]) == 1 and source not in outputs else None
+        operand = node.inputs[optimizer_homes(node)[node.outputs.index(link)]]
+        return None if operand in results else operand
 
     chains = {}
     for state, value in graph.updates.items():
-        chain = [value]
-        while (source := before(chain[0])) is not None:
-            chain.insert(0, source)
-        chains[state] = tuple(chain)
+        links: list[Value] = []
+        link: Value | None = value
+        while link is not None and link is not state:
+            links.append(link)
+            link = older(link)
+        chains[state] = tuple(reversed(links)) if link is state else (value,)
     return chains
 
 
-def updates_in_place(graph: Graph) -> dict[Value, Value]:
-    """New value -> state, where writing the new value straight into the state's buffer is right.
+def _updates_part(node: Node) -> bool:
+    """Whether an optimizer node changes some rows alone, a range of them or those at indices."""
+    return node.attrs["start"] >= 0 or node.inputs[-1].type.dtype == "i32"
 
-    It is where the value is made by a node of this graph, every reader of the old contents comes before that node
-    (or is it, and the op allows it), and no two states claim the same value. Of a state that is updated part by part,
-    all the values of its chain are listed, in order.
+
+def overwritten(graph: Graph) -> dict[Value, tuple[Value, Value]]:
+    """Value -> the state whose buffer it may be written into, and the contents that are there before.
+
+    These are new values of states, and links on the way to them, each made by a node of this graph behind every reader
+    of the old contents (or being it, where the op allows it). No two states claim the same value.
     """
     maker = {output: (i, node) for i, node in enumerate(graph.nodes) for output in node.outputs}
     root = storages(graph)
-    readers = readers_of_states(graph)
-    homes: dict[Value, Value] = {}
-    for state, chain in update_chains(graph).items():
-        value = chain[0]
-        if value not in maker or chain[-1] in homes or state.type != value.type:
-            continue
+    known_readers = storage_readers(graph)
+    homes: dict[Value, tuple[Value, Value]] = {}
+
+    def may_overwrite(value: Value, old: Value) -> bool:
+        if value not in maker or value in homes or old.type != value.type:
+            return False
         index, node = maker[value]
         if root[value] is not value:
-            continue
-        own = [i for i, operand in enumerate(node.inputs) if operand is state]
+            return False
+        own = [i for i, operand in enumerate(node.inputs) if operand is old]
         allowed = set(own) <= set(in_place_inputs(node, node.outputs.index(value)))
-        last_reader = max(readers[state], default=-1)
-        if last_reader < index or (last_reader == index and own and allowed):
-            homes.update((link, state) for link in chain)
+        last_reader = max(known_readers[old], default=-1)
+        return last_reader < index or (last_reader == index and bool(own) and allowed)
+
+    for state, chain in update_chains(graph).items():
+        for links in (chain, chain[-1:]):
+            pairs = list(zip(links, (state, *links[:-1]), strict=True))
+            if all(may_overwrite(value, old) for value, old in pairs):
+                homes.update({value: (state, old) for value, old in pairs})
+                break
     return homes
+
+
+def updates_in_place(graph: Graph) -> dict[Value, Value]:
+    """Value -> state, where writing the value straight into the state's buffer is right (see `overwritten`)."""
+    return {value: state for value, (state, _) in overwritten(graph).items()}
 
 
 def buffers(graph: Graph, *, in_place: bool = True) -> dict[Value, Buffer]:

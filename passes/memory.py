@@ -73,6 +73,18 @@ def run(graph: Graph, workspace: Workspace, *, in_place: bool = True, search: bo
     )
 
 
+def live(graph: Graph, workspace: Workspace) -> npt.NDArray[np.int64]:
+    """Transient bytes alive at each call of a graph, from call -1 on."""
+    planned = [buffer for buffer in dict.fromkeys(buffers(graph).values()) if buffer.state is None]
+    scratch = [Interval(call, call, workspace(node)) for call, node in enumerate(graph.nodes)]
+    return live_bytes([*(Interval(b.first, b.last, b.nbytes) for b in planned), *scratch])
+
+
+def live_peak(graph: Graph, workspace: Workspace) -> int:
+    """The most transient bytes that are alive at once."""
+    return int(live(graph, workspace).max(initial=0))
+
+
 def live_bytes(intervals: Sequence[Interval]) -> npt.NDArray[np.int64]:
     """Bytes alive at each call, from call -1 on: its maximum bounds every placement from below."""
     if not intervals:

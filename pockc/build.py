@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any, get_args
 import numpy as np
 
 from pockc.budget import Alternative, advised, within
-from pockc.errors import BudgetError, UserError
+from pockc.errors import BudgetError, UserError, near_names
 from pockc.ir import Graph
 from pockc.losses import LOSSES
 from pockc.optim import AdamW, Optimizer
@@ -27,6 +27,7 @@ from pockc.targets import devices
 from pockc.targets.native import NATIVE, workspace_of
 
 Inputs = Mapping[str, Any] | tuple[Any, ...]
+ENTRIES = ("train_step", "eval_step", "infer")
 
 
 def build(
@@ -46,6 +47,7 @@ def build(
     disabled: frozenset[str] = frozenset(),
     compare_full: bool = False,
     frozen_dtype: FrozenDtype = "f32",
+    entries: Collection[str] = ENTRIES,
 ) -> Program:
     """Compile one training step of a PyTorch model.
 
@@ -69,6 +71,8 @@ def build(
         compare_full: also plan the scheme ``full``, and keep its memory in the metadata for comparison.
         frozen_dtype: how the program stores large frozen weights: ``f32``, ``bf16``, ``int8`` (a scale per output
             channel) or ``int4`` (a scale per 32 elements). Kernels decode them; what is trained stays float32.
+        entries: what the program can do: ``train_step``, which is always there, ``eval_step`` and ``infer``. The arena
+            has room for the largest of them.
 
     Returns:
         The program: ``save`` it, look at ``memory`` and ``text("train_step")``.
@@ -79,6 +83,7 @@ def build(
     """
     optimizer = optimizer or AdamW()
     _check_options(loss, batchnorm, accumulation, frozen_dtype)
+    _check_entries(entries)
     if memory_budget is not None and memory_budget <= 0:
         raise UserError(f"the memory budget is {memory_budget} bytes; it must be above 0")
     options = Options(
@@ -95,6 +100,7 @@ def build(
         disabled=disabled,
         compare_full=compare_full,
         frozen_dtype=frozen_dtype,
+        entries=tuple(entries),
     )
     try:
         return _build(model, example_inputs, options)
@@ -119,6 +125,7 @@ class Options:
     disabled: frozenset[str]
     compare_full: bool
     frozen_dtype: FrozenDtype
+    entries: tuple[str, ...]
 
 
 def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
@@ -161,7 +168,7 @@ def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
     )
 
     def planned(recipe: Recipe) -> Program:
-        return _plan(recipe, imported.graph, evaluated.graph if evaluated else None, options.seed)
+        return _plan(recipe, imported.graph, evaluated.graph if evaluated else None, options.seed, options.entries)
 
     budget = options.memory_budget
     program = planned(recipe) if budget is None else within(budget, recipe, planned)
@@ -216,10 +223,10 @@ def _mapped(example_inputs: Inputs, function: Callable[..., Any]) -> Inputs:
     return tuple(map(function, example_inputs))
 
 
-def _plan(recipe: Recipe, train_graph: Graph, eval_graph: Graph | None, seed: int) -> Program:
+def _plan(recipe: Recipe, train_graph: Graph, eval_graph: Graph | None, seed: int, wanted: Collection[str]) -> Program:
     """A program from training and evaluation graph, whose metadata says what the passes did."""
     manager = Manager(recipe, NATIVE.supports)
-    entries, without_gradient = _entries(manager, train_graph, eval_graph, seed)
+    entries, without_gradient = _entries(manager, train_graph, eval_graph, seed, wanted)
     placements = {name: memory.run(graph, recipe.workspace) for name, graph in entries.items()}
     state_offset, state_bytes = place_states(entries)
     transient = max(placement.nbytes for placement in placements.values())
@@ -254,15 +261,31 @@ def _check_options(loss: object, batchnorm: str, accumulation: int, frozen_dtype
         raise UserError(f"loss is {loss!r}", supported="a name, a callable loss(output, labels), or None")
 
 
+def _check_entries(entries: Collection[str]) -> None:
+    supported = ", ".join(ENTRIES)
+    if isinstance(entries, str):
+        raise UserError(f"entries is the text {entries!r}", supported=f"a list or tuple of {supported}")
+    if unknown := [name for name in entries if name not in ENTRIES]:
+        raise UserError(
+            f"there is no entry {unknown[0]!r}", supported=supported, instead=near_names(unknown[0], ENTRIES)
+        )
+    if "train_step" not in entries:
+        raise UserError(
+            "the entries leave out train_step, without which there is nothing to train",
+            supported=supported,
+            instead="Add train_step.",
+        )
+
+
 def _batchnorm_scales(modules: Mapping[str, str]) -> frozenset[str]:
     """The gammas of all batch norms: policy ``fold`` freezes them."""
     return frozenset(f"{path}.weight" for path, kind in modules.items() if "BatchNorm" in kind)
 
 
 def _entries(
-    manager: Manager, train_graph: Graph, eval_graph: Graph | None, seed: int
+    manager: Manager, train_graph: Graph, eval_graph: Graph | None, seed: int, wanted: Collection[str]
 ) -> tuple[dict[str, Graph], set[str]]:
-    """All entry graphs, scheduled, and the trained parameters that no gradient reaches."""
+    """The wanted entry graphs, scheduled, and the trained parameters that no gradient reaches."""
     common = manager.run("common", COMMON, _seeded(train_graph, seed))
     quiet = manager.run("common-eval", COMMON, eval_graph) if eval_graph is not None else common
     has_loss = manager.recipe.loss is not None
@@ -276,9 +299,10 @@ def _entries(
     manager.recipe = replace(manager.recipe, sufficient=planned, tiles=tiles)
     if manager.recipe.accumulation > 1:
         entries["accumulate"] = entry("accumulate", ACCUMULATE, common)
-    entries["eval_step"] = entry("eval_step", EVAL, _without_updates(quiet))
+    if "eval_step" in wanted:
+        entries["eval_step"] = entry("eval_step", EVAL, _without_updates(quiet))
     predictions = {n: v for n, v in quiet.outputs.items() if has_loss or n != "loss"}
-    if predictions:
+    if predictions and "infer" in wanted:
         entries["infer"] = entry("infer", INFER, _only(_without_updates(quiet), predictions))
     updated = {state.name for state in entries["train_step"].updates}
     return manager.run_together(TOGETHER, entries), {name for name in manager.recipe.trained if name not in updated}
@@ -316,7 +340,7 @@ def _trained_elements(graph: Graph) -> int:
     """How many numbers a step updates: of a channel-sparse weight only the selected part counts."""
     makers = graph.producers()
     total = 0
-    for state, parts in update_chains(graph).items():
+    for state, chain in update_chains(graph).items():
         if graph.states[state].kind == "parameter":
-            total += sum(makers[value].inputs[1].type.elements for value in parts)
+            total += sum(makers[value].inputs[1].type.elements for value in chain)
     return total

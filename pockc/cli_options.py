@@ -52,6 +52,9 @@ class Choices:
     frozen_dtype: Annotated[str, typer.Option(help="How large frozen weights are stored: f32, bf16, int8 or int4.")] = (
         "f32"
     )
+    entries: Annotated[str, typer.Option(help="What the program can do; train_step is needed.")] = (
+        "train_step,eval_step,infer"
+    )
     memory_budget: Annotated[
         str | None, typer.Option(help="Most that arena and weights may take, as 32MiB: the fastest program within it.")
     ] = None
@@ -91,6 +94,7 @@ class Choices:
             "accumulation": self.accumulate,
             "seed": self.seed,
             "frozen_dtype": self.frozen_dtype,
+            "entries": tuple(name.strip() for name in self.entries.split(",")),
             "memory_budget": parse_size(self.memory_budget) if self.memory_budget else None,
             "micro_batch": self.micro_batch,
         }

@@ -13,7 +13,7 @@ import numpy as np
 
 from pockc.artifact import Entry, read
 from pockc.build import build
-from pockc.errors import UserError
+from pockc.errors import InternalError, UserError
 from pockc.ir import NUMPY_DTYPES, Array, State, contents
 from pockc.optim import AdamW, Optimizer
 from pockc.program import Program
@@ -232,10 +232,20 @@ def _varied(array: Array, order: Array, random: np.random.Generator) -> Array:
     return np.asarray(array + noise, array.dtype)
 
 
+def _classes(step: Entry) -> int:
+    """How many classes the loss of a training step tells apart."""
+    for call in step.calls:
+        if call.op == "cross_entropy":
+            return call.inputs[0].shape[-1]
+        if call.op == "cross_entropy_of_tiles":
+            return call.ints[0]  # its first attribute
+    raise InternalError("a loss with labels of classes has no cross entropy")
+
+
 def _labels(entries: Mapping[str, Entry], loss: str, random: np.random.Generator) -> Array:
     labels = entries["train_step"].inputs["labels"]
     if labels.dtype == "i64":
-        classes = entries["infer"].outputs["logits"].shape[-1]
+        classes = _classes(entries["train_step"])
         return random.integers(0, classes, labels.shape, dtype=np.int64)
     if loss == "bce_with_logits":
         return random.integers(0, 2, labels.shape).astype(np.float32)

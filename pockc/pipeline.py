@@ -31,6 +31,7 @@ from pockc.passes import (
     split_prefix,
     tile_channels,
     tile_updates,
+    tile_vocabulary,
 )
 from pockc.recipe import Recipe
 from pockc.verify import Level, verify
@@ -81,7 +82,7 @@ TRAIN: tuple[Pass, ...] = (
     Pass("slice-updates", slice_updates.run, optional=True),  # needs the takes that attach-optimizer made
 )
 ACCUMULATE: tuple[Pass, ...] = (*TRAIN[:2], Pass("accumulate", attach_optimizer.accumulate), TRAIN[3])
-EVAL: tuple[Pass, ...] = (TRAIN[0],)
+EVAL: tuple[Pass, ...] = (Pass("attach-loss", attach_loss.evaluation),)
 INFER: tuple[Pass, ...] = ()
 
 # To kernels, in the order they will run.
@@ -92,6 +93,7 @@ LOWER: tuple[Pass, ...] = (
     Pass("dce", dce.run),
     Pass("fuse", fuse.run, "lowered", optional=True),  # after differentiation: gradients read unfused nodes
     Pass("duplicate", duplicate.run, "lowered", optional=True),  # before the order is chosen
+    Pass("tile-vocabulary", tile_vocabulary.run, "lowered", optional=True),  # gradients and updates are final by now
     Pass("fit-memory", fit_memory.run, "lowered", optional=True),  # after cse, which would undo it
     Pass("split-backward", split_backward.run, "lowered", optional=True),  # before what is fitted below the rest
     Pass("tile-updates", tile_updates.run, "lowered", optional=True),  # as is what follows

@@ -119,6 +119,13 @@ def test_build_leaves_out_self_test_and_comparison_on_request(shell: Shell) -> N
     assert "full_memory" not in read(missing).metadata
 
 
+def test_build_leaves_out_entries_on_request(shell: Shell) -> None:
+    code, _, err = shell("build", "model.py:make", "--entries", "train_step,infer", "-o", "lean")
+
+    assert (code, err) == (0, "")
+    assert list(read(shell.folder / "lean" / "model.pock").entries) == ["train_step", "infer"]
+
+
 def test_verify_agrees_with_pytorch_and_counts_steps(shell: Shell) -> None:
     code, out, err = shell("verify", "model.py:make", "--scheme", "full", "--steps", "4")
 
@@ -203,6 +210,8 @@ BAD = {
     "schedule without an end": "build model.py:make --schedule cosine",
     "batchnorm": "build model.py:make --batchnorm folded",
     "device": "build model.py:make --device rpi6",
+    "entries": "build model.py:make --entries train_step,evaluate",
+    "entries without training": "build model.py:make --entries infer",
     "no such program": "inspect none.pock",
     "not a program": "inspect model.py",
     "entry": "inspect out/model.pock --entry train",

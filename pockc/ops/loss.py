@@ -8,7 +8,7 @@ import numpy as np
 
 from pockc.ir import Array, Builder, Node, TensorType, Value
 from pockc.ops import Sample, define
-from pockc.ops.common import f32, require, require_dtype, require_type, torch_gradient, unary_vjp
+from pockc.ops.common import f32, i64, require, require_dtype, require_type, torch_gradient, unary_vjp
 from pockc.ops.softmax import log_softmax
 
 
@@ -35,7 +35,7 @@ def _cross_entropy_rule(
     return f32()
 
 
-def _valid_labels(labels: Array, classes: int, ignore_index: int) -> tuple[Array, Array]:
+def valid_labels(labels: Array, classes: int, ignore_index: int) -> tuple[Array, Array]:
     """Which rows count, and the labels with 0 in the rows that do not; IndexError for a label outside the classes."""
     valid = labels != ignore_index
     known = np.where(valid, labels, 0)
@@ -51,7 +51,7 @@ def _valid_labels(labels: Array, classes: int, ignore_index: int) -> tuple[Array
 def _cross_entropy(
     logits: Array, labels: Array, *, ignore_index: int = -100, label_smoothing: float = 0.0, first_row: int = 0
 ) -> Array:
-    all_valid, all_known = _valid_labels(labels, logits.shape[1], ignore_index)
+    all_valid, all_known = valid_labels(labels, logits.shape[1], ignore_index)
     rows = slice(first_row, first_row + len(logits))
     valid, known = all_valid[rows], all_known[rows]
     log_p = log_softmax(logits)
@@ -132,7 +132,7 @@ def _cross_entropy_grad(
     first_row: int = 0,
 ) -> Array:
     rows, classes = logits.shape
-    all_valid, all_known = _valid_labels(labels, classes, ignore_index)
+    all_valid, all_known = valid_labels(labels, classes, ignore_index)
     valid, known = all_valid[first_row : first_row + rows], all_known[first_row : first_row + rows]
     gradient = np.exp(log_softmax(logits)) - label_smoothing / classes
     gradient[np.arange(rows), known] -= 1 - label_smoothing
@@ -156,14 +156,34 @@ define(
 )
 
 
-def _count_correct_rule(logits: TensorType, labels: TensorType, *, ignore_index: int = -100) -> TensorType:
+def _count_correct_rule(
+    logits: TensorType, labels: TensorType, *, samples: int, ignore_index: int = -100
+) -> tuple[TensorType, TensorType]:
     _require_logits(logits, labels)
-    return TensorType((), "i64")
+    return counts_of_samples(labels, samples)
 
 
-def _count_correct(logits: Array, labels: Array, *, ignore_index: int = -100) -> Array:
-    hits = (logits.argmax(1) == labels) & (labels != ignore_index)
-    return np.asarray(hits.sum(), dtype=np.int64)
+def counts_of_samples(labels: TensorType, samples: int) -> tuple[TensorType, TensorType]:
+    """The types of what is counted for each sample, to which equally many rows belong."""
+    require(samples > 0 and labels.shape[0] % samples == 0, f"{labels} are not the labels of {samples} samples")
+    return i64(samples), i64(samples)
+
+
+def hits_of_samples(best: Array, labels: Array, samples: int, ignore_index: int) -> tuple[Array, Array]:
+    """How many rows of each sample are labelled with their best class, and how many have a label."""
+    counted = (labels != ignore_index).reshape(samples, -1)
+    hits = (best == labels).reshape(samples, -1) & counted
+    return hits.sum(1, dtype=np.int64), counted.sum(1, dtype=np.int64)
+
+
+# Per sample, as the last batch of a data set may be filled up with samples that do not count.
+def _count_correct(logits: Array, labels: Array, *, samples: int, ignore_index: int = -100) -> tuple[Array, Array]:
+    return hits_of_samples(logits.argmax(1), labels, samples, ignore_index)
+
+
+def _torch_count(t: Any, x: Any, y: Any, samples: int, ignore_index: int) -> Any:
+    counted = (y != ignore_index).reshape(samples, -1)
+    return ((x.argmax(1) == y).reshape(samples, -1) & counted).sum(1), counted.sum(1)
 
 
 define(
@@ -171,11 +191,11 @@ define(
     type_rule=_count_correct_rule,
     reference=_count_correct,
     samples=[
-        Sample((f32(50, 3), np.arange(50) % 3), {}, lambda t, x, y: (x.argmax(1) == y).sum()),
         Sample(
             (f32(50, 3), np.arange(50) % 3),
-            {"ignore_index": 0},
-            lambda t, x, y: ((x.argmax(1) == y) & (y != 0)).sum(),
-        ),
+            {"samples": samples, "ignore_index": ignore},
+            lambda t, x, y, s=samples, i=ignore: _torch_count(t, x, y, s, i),
+        )
+        for samples, ignore in ((1, -100), (10, 0), (50, 2))
     ],
 )

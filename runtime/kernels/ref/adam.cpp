@@ -1,7 +1,8 @@
-// adam(p, g, m, v, lr, step, [indices]; beta1, beta2, epsilon, weight_decay, decoupled, axis) -> (p', m', v')
-// torch.optim.AdamW when decoupled (p *= 1 - lr * weight_decay), else torch.optim.Adam (g += weight_decay *
-// p): m += (1 - beta1) * (g - m), v = beta2 * v + (1 - beta2) * g * g, p -= lr / (1 - beta1^step) * m /
-// (sqrt(v) / sqrt(1 - beta2^step) + epsilon). Scalars are computed in f64 and rounded once, as PyTorch does.
+// adam(p, g, m, v, lr, step, [indices]; beta1, beta2, epsilon, weight_decay, decoupled, axis, start) -> (p',
+// m', v') torch.optim.AdamW when decoupled (p *= 1 - lr * weight_decay), else torch.optim.Adam (g +=
+// weight_decay * p): m += (1 - beta1) * (g - m), v = beta2 * v + (1 - beta2) * g * g, p -= lr / (1 -
+// beta1^step) * m / (sqrt(v) / sqrt(1 - beta2^step) + epsilon). Scalars are computed in f64 and rounded once,
+// as PyTorch does.
 #include <cmath>
 
 #include "optimizer.h"
@@ -12,7 +13,7 @@ namespace {
 struct Adam {
   double beta1, beta2, epsilon, weight_decay;
   bool decoupled;
-  int axis;
+  Part part;
 };
 
 Adam read(Attributes& attributes) {
@@ -22,7 +23,7 @@ Adam read(Attributes& attributes) {
   adam.epsilon = attributes.number();
   adam.weight_decay = attributes.number();
   adam.decoupled = attributes.boolean();
-  adam.axis = update_axis(attributes);
+  adam.part = updated_part(attributes);
   return adam;
 }
 
@@ -38,7 +39,7 @@ Status check_adam(const Call& call) {
   if (!has_operands(call, 6, 7, 3)) return PK_BAD_FILE;
   Attributes attributes(call);
   const Adam adam = read(attributes);
-  return verdict(attributes.valid() && fits_update(call, 4, 2, adam.axis));
+  return verdict(attributes.valid() && fits_update(call, 4, 2, adam.part));
 }
 
 Status run_adam(const Call& call) {
@@ -54,13 +55,14 @@ Status run_adam(const Call& call) {
   const float correction = static_cast<float>(std::sqrt(1.0 - std::pow(adam.beta2, step)));
   const float epsilon = static_cast<float>(adam.epsilon);
   const bool decays = adam.weight_decay != 0.0, decoupled = adam.decoupled;
+  const int64_t before = elements_before(call, adam.part);
   const float* g = call.inputs[1].as<float>();
-  const float* m = call.inputs[2].as<float>();
-  const float* v = call.inputs[3].as<float>();
-  float* p = call.outputs[0].as<float>();
-  float* new_m = call.outputs[1].as<float>();
-  float* new_v = call.outputs[2].as<float>();
-  return for_each_updated(call, 6, adam.axis, [=](int64_t at, int64_t from) {
+  const float* m = call.inputs[2].as<float>() + before;
+  const float* v = call.inputs[3].as<float>() + before;
+  float* p = call.outputs[0].as<float>() + before;
+  float* new_m = call.outputs[1].as<float>() + before;
+  float* new_v = call.outputs[2].as<float>() + before;
+  return for_each_updated(call, 6, adam.part, [=](int64_t at, int64_t from) {
     float gradient = g[from];
     if (decays && decoupled) p[at] *= shrink;
     if (decays && !decoupled) gradient += decay * p[at];

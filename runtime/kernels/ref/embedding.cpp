@@ -1,6 +1,7 @@
 // embedding(weight[V,D], ids i64[...]; padding_index) -> [..., D]: rows of the table, which may be compact.
-// embedding_grad(ct, ids; rows, padding_index) -> [rows, D]: each row of ct added to the row of its id, but
-// for the padding index, whose row gets nothing. An id outside the table: PK_INVALID_ARGUMENT.
+// embedding_grad(ct, ids, [base]; rows, padding_index) -> [rows, D]: each row of ct added to the row of its
+// id of base (zeros without), but for the padding index, whose row gets nothing. The output may be base. An
+// id outside the table: PK_INVALID_ARGUMENT.
 #include "common.h"
 
 namespace pockc::ref {
@@ -44,7 +45,8 @@ Status run_embedding(const Call& call) {
 }
 
 Status check_embedding_grad(const Call& call) {
-  if (!has_operands(call, 2, 2, 1)) return PK_BAD_FILE;
+  if (!has_operands(call, 2, 3, 1)) return PK_BAD_FILE;
+  if (call.input_count == 3 && !same_type(call.inputs[2], call.outputs[0])) return PK_BAD_FILE;
   const Tensor& table = call.outputs[0];
   Attributes attributes(call);
   const int64_t rows = attributes.integer(1, kMaxElements);
@@ -60,7 +62,11 @@ Status run_embedding_grad(const Call& call) {
   const Status status = require_range<int64_t>(ids, rows, "id");
   if (status != PK_OK) return status;
   const int64_t width = out.dims[1], count = ids.elements();
-  fill_zero(out);
+  if (call.input_count == 2) {
+    fill_zero(out);
+  } else if (out.data != call.inputs[2].data) {
+    std::memcpy(out.data, call.inputs[2].data, byte_count(out));
+  }
   for (int64_t i = 0; i < count; ++i) {
     const int64_t id = ids.as<int64_t>()[i];
     if (id == padding_index) continue;

@@ -1,4 +1,4 @@
-// lion(p, g, m, lr, [indices]; beta1, beta2, weight_decay, axis) -> (p', m')   (Chen et al., 2023)
+// lion(p, g, m, lr, [indices]; beta1, beta2, weight_decay, axis, start) -> (p', m')   (Chen et al., 2023)
 // p = (1 - lr * weight_decay) * p - lr * sign(beta1 * m + (1 - beta1) * g);  m = beta2 * m + (1 - beta2) * g
 #include "optimizer.h"
 
@@ -7,7 +7,7 @@ namespace {
 
 struct Lion {
   double beta1, beta2, weight_decay;
-  int axis;
+  Part part;
 };
 
 Lion read(Attributes& attributes) {
@@ -15,7 +15,7 @@ Lion read(Attributes& attributes) {
   lion.beta1 = attributes.number();
   lion.beta2 = attributes.number();
   lion.weight_decay = attributes.number();
-  lion.axis = update_axis(attributes);
+  lion.part = updated_part(attributes);
   return lion;
 }
 
@@ -25,7 +25,7 @@ Status check_lion(const Call& call) {
   if (!has_operands(call, 4, 5, 2)) return PK_BAD_FILE;
   Attributes attributes(call);
   const Lion lion = read(attributes);
-  return verdict(attributes.valid() && fits_update(call, 3, 1, lion.axis));
+  return verdict(attributes.valid() && fits_update(call, 3, 1, lion.part));
 }
 
 Status run_lion(const Call& call) {
@@ -35,11 +35,12 @@ Status run_lion(const Call& call) {
   const float shrink = static_cast<float>(1.0 - rate * lion.weight_decay);
   const float keep1 = static_cast<float>(lion.beta1), take1 = static_cast<float>(1.0 - lion.beta1);
   const float keep2 = static_cast<float>(lion.beta2), take2 = static_cast<float>(1.0 - lion.beta2);
+  const int64_t before = elements_before(call, lion.part);
   const float* g = call.inputs[1].as<float>();
-  const float* m = call.inputs[2].as<float>();
-  float* p = call.outputs[0].as<float>();
-  float* new_m = call.outputs[1].as<float>();
-  return for_each_updated(call, 4, lion.axis, [=](int64_t at, int64_t from) {
+  const float* m = call.inputs[2].as<float>() + before;
+  float* p = call.outputs[0].as<float>() + before;
+  float* new_m = call.outputs[1].as<float>() + before;
+  return for_each_updated(call, 4, lion.part, [=](int64_t at, int64_t from) {
     const float direction = keep1 * m[from] + take1 * g[from];
     // NaN has no sign: it goes through, so that it is seen.
     const float sign =
