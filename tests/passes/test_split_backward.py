@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,8 @@ def network(blocks: int) -> Graph:
         y = x
         for layer, shape in enumerate([(48, 1, 1, 4), (48, 3, 3, 1), (4, 1, 1, 48)]):
             weight = builder.state(f"w{block}{layer}", "parameter", normal(*shape))
-            y = builder("conv2d", y, weight, **({"groups": 48, "padding": (1, 1, 1, 1)} if layer == 1 else {}))
+            attrs: dict[str, Any] = {"groups": 48, "padding": (1, 1, 1, 1)} if layer == 1 else {}
+            y = builder("conv2d", y, weight, **attrs)
             y = builder("add", y, builder.state(f"b{block}{layer}", "parameter", normal(shape[0])))
             y = builder("clip", y, low=0.0, high=6.0) if layer < 2 else y
         x = builder("add", x, y)
