@@ -11,6 +11,7 @@ import pytest
 
 from pockc.interp import evaluate
 from pockc.ir import Array, Builder, Graph, TensorType, Value, op_counts
+from pockc.ops import OPS, load_families
 from pockc.optim import SGD, Adam, AdamW, Lion, Optimizer
 from pockc.passes import (
     attach_loss,
@@ -283,6 +284,42 @@ def test_applied_where_it_saves_more_memory_than_it_costs_time(monkeypatch: pyte
     monkeypatch.setattr(tile_vocabulary, "TILE_BYTES", 4 * 16 * BATCH * TOKENS)
     cheap = lowered(language_model(words=2000), options)  # its products take less time than the calls of the tiles
     assert tile_vocabulary.run(cheap, options) is cheap
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_gradient_of_a_tile_agrees_with_finite_differences(smoothing: float) -> None:
+    """Of the loss that the tiles give, in a random direction of one tile's logits."""
+    load_families()
+    random = np.random.default_rng(4)
+    logits, direction = random.standard_normal((2, 6, 40))
+    labels = np.array([0, 17, 39, IGNORED, 16, 31])
+    direction[:, :16] = direction[:, 32:] = 0
+    attrs = {"classes": 40, "label_smoothing": smoothing}
+
+    def running(x: Array) -> Array:
+        known: tuple[Array, ...] = ()
+        for start in (0, 16, 32):
+            tile = x[:, start : start + 16]
+            known = (np.asarray(OPS["cross_entropy_tile"].reference(tile, labels, *known, start=start)),)
+        return known[0]
+
+    def loss(x: Array) -> float:
+        return float(np.asarray(OPS["cross_entropy_of_tiles"].reference(running(x), labels, **attrs)))
+
+    numeric = (loss(logits + 1e-5 * direction) - loss(logits - 1e-5 * direction)) / 2e-5
+    operands = (np.float64(1.0), logits[:, 16:32], labels, running(logits))
+    gradient = OPS["cross_entropy_grad_tile"].reference(*operands, start=16, **attrs)
+    np.testing.assert_allclose((gradient * direction[:, 16:32]).sum(), numeric, rtol=1e-6)
+
+
+def test_tile_of_logits_that_are_all_masked_counts_for_nothing() -> None:
+    load_families()
+    tile = OPS["cross_entropy_tile"].reference
+    labels = np.array([2])
+    known = np.asarray(tile(np.full((1, 2), -np.inf), labels, start=0))
+    known = np.asarray(tile(np.array([[1.0, 3.0]]), labels, known, start=2))
+    expected = [3.0, 1 + np.exp(-2.0), 1.0, -np.inf, 3.0]
+    np.testing.assert_allclose(known[0], expected)
 
 
 def test_reader_of_the_old_weight_comes_before_the_first_link() -> None:
