@@ -11,6 +11,7 @@ import pytest
 
 from pockc.interp import evaluate
 from pockc.ir import Array, Builder, Graph, TensorType, Value, op_counts
+from pockc.ops import OPS, load_families
 from pockc.optim import SGD, Adam, AdamW, Lion, Optimizer
 from pockc.passes import (
     attach_loss,
@@ -86,18 +87,18 @@ def batch(words: int = WORDS) -> dict[str, Array]:
     return {"input_ids": ids, "labels": labels}
 
 
-def both_agree(before: Graph, after: Graph, words: int = WORDS, steps: int = 2) -> None:
+def both_agree(before: Graph, after: Graph, given: dict[str, Array] | None = None, steps: int = 2) -> None:
     """The same outputs and states over some steps, in double precision, in the given order and in the scheduled one."""
     verify(after, "lowered")
+    inputs = given or batch()
     scheduled = reorder.run(after, recipe())
+    initial = {v.name: s.data for v, s in before.states.items() if s.kind != "constant" and s.data is not None}
+    doubles = {name: x.astype(np.float64) if x.dtype == np.float32 else x for name, x in initial.items()}
     for graph in (after, scheduled):
-        states = {v.name: s.data for v, s in before.states.items() if s.kind != "constant" and s.data is not None}
-        expected, found = (
-            {name: x.astype(np.float64) if x.dtype == np.float32 else x for name, x in states.items()} for _ in range(2)
-        )
+        expected = found = doubles
         for _ in range(steps):
-            outputs, expected = evaluate(before, batch(words), expected)
-            others, found = evaluate(graph, batch(words), found)
+            outputs, expected = evaluate(before, inputs, expected)
+            others, found = evaluate(graph, inputs, found)
             assert outputs.keys() == others.keys()
             for name, value in {**outputs, **expected}.items():
                 result = {**others, **found}[name]
@@ -159,15 +160,11 @@ def test_losses_and_sizes(words: int, loss_options: dict[str, float]) -> None:
     options = recipe("table", "body", "head", "bias", loss_options=loss_options)
     before = lowered(language_model(bias=True, words=words), options)
     after = tile_vocabulary.run(before, options)
-    given = dict(batch(words))
+    given = batch(words)
     if "ignore_index" in loss_options:
         given["labels"] = np.where(given["labels"] == IGNORED, 3, given["labels"])
+    both_agree(before, after, given)
     assert op_counts(after.nodes)["cross_entropy_tile"] == -(-words // 16)
-    expected, states = evaluate(before, given)
-    found, new = evaluate(after, given)
-    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-5)
-    for name, value in states.items():
-        np.testing.assert_allclose(new[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.usefixtures("forced")
@@ -283,6 +280,42 @@ def test_applied_where_it_saves_more_memory_than_it_costs_time(monkeypatch: pyte
     monkeypatch.setattr(tile_vocabulary, "TILE_BYTES", 4 * 16 * BATCH * TOKENS)
     cheap = lowered(language_model(words=2000), options)  # its products take less time than the calls of the tiles
     assert tile_vocabulary.run(cheap, options) is cheap
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_gradient_of_a_tile_agrees_with_finite_differences(smoothing: float) -> None:
+    """Of the loss that the tiles give, in a random direction of one tile's logits."""
+    load_families()
+    random = np.random.default_rng(4)
+    logits, direction = random.standard_normal((2, 6, 40))
+    labels = np.array([0, 17, 39, IGNORED, 16, 31])
+    direction[:, :16] = direction[:, 32:] = 0
+    attrs = {"classes": 40, "label_smoothing": smoothing}
+
+    def running(x: Array) -> Array:
+        known: tuple[Array, ...] = ()
+        for start in (0, 16, 32):
+            tile = x[:, start : start + 16]
+            known = (np.asarray(OPS["cross_entropy_tile"].reference(tile, labels, *known, start=start)),)
+        return known[0]
+
+    def loss(x: Array) -> float:
+        return float(np.asarray(OPS["cross_entropy_of_tiles"].reference(running(x), labels, **attrs)))
+
+    numeric = (loss(logits + 1e-5 * direction) - loss(logits - 1e-5 * direction)) / 2e-5
+    operands = (np.float64(1.0), logits[:, 16:32], labels, running(logits))
+    gradient = OPS["cross_entropy_grad_tile"].reference(*operands, start=16, **attrs)
+    np.testing.assert_allclose((gradient * direction[:, 16:32]).sum(), numeric, rtol=1e-6)
+
+
+def test_tile_of_logits_that_are_all_masked_counts_for_nothing() -> None:
+    load_families()
+    tile = OPS["cross_entropy_tile"].reference
+    labels = np.array([2])
+    known = np.asarray(tile(np.full((1, 2), -np.inf), labels, start=0))
+    known = np.asarray(tile(np.array([[1.0, 3.0]]), labels, known, start=2))
+    expected = [3.0, 1 + np.exp(-2.0), 1.0, -np.inf, 3.0]
+    np.testing.assert_allclose(known[0], expected)
 
 
 def test_reader_of_the_old_weight_comes_before_the_first_link() -> None:
