@@ -18,7 +18,8 @@ Frozen tensors have `requires_grad` off, batch norm is in eval mode with a froze
 updates in part, PyTorch trains the whole.
 
 Process: what `pock-run` itself says about its resident memory at the peak, minus that before it loads the program,
-against planned arena plus mapped weights.
+against planned arena plus mapped weights. It makes its batch in the arena, and reads every page of the mapped weights
+first: of an embedding table a step reads only the rows of its tokens, and the plan counts them all.
 
 Builds under a memory budget have a table of their own (memory_budget.py).
 
@@ -252,9 +253,10 @@ def _trained_bytes(program: pockc.Program) -> int:
 
 
 def bench_process(model: Path) -> dict[str, Any]:
-    """`pock-run bench`: some steps on made-up samples in a process of its own, and its report."""
+    """`pock-run bench`: some steps on made-up samples in a process of its own, all weights read, and its report."""
     output = model.with_suffix(".json")
-    command = [str(abi.runtime_file("pock-run")), "bench", str(model), "--steps", "1", "--json", str(output)]
+    command = [str(abi.runtime_file("pock-run")), "bench", str(model), "--read-weights", "--steps", "1"]
+    command += ["--json", str(output)]
     # Linux hands the peak of a process on to the program that it executes: let that be a small shell, not this one.
     subprocess.run(["sh", "-c", '"$@"; exit $?', "sh", *command], check=True, stdout=subprocess.DEVNULL)
     content: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))

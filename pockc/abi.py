@@ -77,6 +77,7 @@ _SIGNATURES: dict[str, tuple[Any, Sequence[Any]]] = {
     "pk_program_tensor": (ctypes.c_int, (_HANDLE, _TEXT, ctypes.c_int, _INT, ctypes.POINTER(_TEXT), _TENSORS)),
     "pk_session_create": (ctypes.c_int, (_HANDLE, ctypes.POINTER(Options), ctypes.POINTER(_HANDLE))),
     "pk_session_free": (None, (_HANDLE,)),
+    "pk_session_input": (ctypes.c_int, (_HANDLE, _TEXT, _TEXT, _TENSORS)),
     "pk_session_run": (ctypes.c_int, (_HANDLE, _TEXT, _NAMES, _TENSORS, _INT, _NAMES, _TENSORS, _INT)),
     "pk_session_read_state": (ctypes.c_int, (_HANDLE, _TEXT, _TENSORS)),
     "pk_session_write_state": (ctypes.c_int, (_HANDLE, _TEXT, _TENSORS)),

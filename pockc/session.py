@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -106,6 +107,22 @@ class Session:
         )
         abi.check(status)
         return outputs
+
+    def input_buffer(self, entry: str, name: str) -> Array:
+        """The session's own memory of an input, as an array: a batch that is made there is not copied by `run`.
+
+        The contents are lost in every run of any entry, so fill it before each; with gradient accumulation ask for the
+        buffer again as well. The array must not be used after `close`.
+
+        Raises:
+            UserError: no such entry, or it has no such input.
+        """
+        tensor = abi.Tensor()
+        status = self._library.pk_session_input(self._handle(), entry.encode(), name.encode(), ctypes.byref(tensor))
+        abi.check(status)
+        nbytes = prod(tensor.shape) * tensor.numpy_dtype.itemsize
+        memory = (ctypes.c_uint8 * nbytes).from_address(tensor.data) if nbytes else bytearray()
+        return np.frombuffer(memory, tensor.numpy_dtype).reshape(tensor.shape)
 
     # --- States -------------------------------------------------------------------------------------------------------
 

@@ -149,6 +149,28 @@ def test_threads_do_not_change_a_bit(file: Path, session: Session) -> None:
             assert other.train_step(**batch(seed)) == session.train_step(**batch(seed))
 
 
+def test_a_batch_made_in_the_sessions_memory_gives_the_same_bits(file: Path, session: Session) -> None:
+    with Session(file) as other:
+        for seed in range(3):
+            given = batch(seed)
+            place = other.input_buffer("train_step", "x")
+            place[...] = given["x"]
+            assert other.train_step(x=place, labels=given["labels"]) == session.train_step(**given)
+            np.testing.assert_array_equal(logits(other, given["x"]), logits(session, given["x"]))
+
+
+def test_the_buffer_of_an_input_belongs_to_its_entry(session: Session) -> None:
+    place = session.input_buffer("infer", "x")
+    assert place.ctypes.data == session.input_buffer("infer", "x").ctypes.data
+    assert (place.shape, place.dtype) == (batch()["x"].shape, np.float32)
+    assert "no entry `dance`" in message(lambda: session.input_buffer("dance", "x"))
+    assert "no input `labels`" in message(lambda: session.input_buffer("infer", "labels"))
+    labels = session.input_buffer("train_step", "labels")
+    assert labels.dtype == np.int64
+    session.close()
+    assert "closed" in message(lambda: session.input_buffer("infer", "x"))
+
+
 def test_allocated_arena_is_the_planned_one(program: Program, session: Session) -> None:
     session.train_step(**batch())
 

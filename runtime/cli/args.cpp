@@ -68,6 +68,8 @@ const Flag kFlags[] = {
     text_flag("--checkpoint", "FILE", kEval | kInfer, &Options::checkpoint, "use its weights"),
     text_flag("--output", "FILE.npz", kInfer, &Options::output, "where the outputs go (-o)"),
     int_flag("--steps", kBench, &Options::steps, 1, "steps to time (50)"),
+    bool_flag("--read-weights", kBench, &Options::read_weights,
+              "read all mapped weights first, so that resident memory counts them"),
     int_flag("--threads", kTrain | kEval | kInfer | kBench | kSelftest, &Options::threads, 1, "threads (1)"),
     text_flag("--json", "FILE", kTrain | kEval | kBench, &Options::json, "write a report"),
     bool_flag("--quiet", kTrain | kEval | kInfer, &Options::quiet, "no progress"),

@@ -20,6 +20,7 @@ struct Options {
   double learning_rate = -1;  // negative: the program's
   bool seed_given = false;
   bool resume = false;
+  bool read_weights = false;
   bool quiet = false;
   bool help = false;
 };

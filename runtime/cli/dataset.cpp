@@ -5,7 +5,6 @@
 #include <cstring>
 
 #include "error.h"
-#include "session.h"
 
 namespace pockc::cli {
 namespace {
@@ -64,6 +63,7 @@ void shuffle(uint64_t seed, uint64_t epoch, std::vector<int64_t>* order) {
 
 Status Dataset::open(const std::string& path, const Program& program, const EntryRecord& entry) {
   POCKC_TRY(file_.open(path));
+  entry_ = entry.name.c_str();
   for (const Argument& input : entry.inputs) {
     const Tensor& type = program.tensors[input.tensor].type;
     if (type.rank == 0) continue;
@@ -126,7 +126,8 @@ Status Dataset::add_column(const Program& program, const EntryRecord& entry, con
   }
   if (per_sample) samples_ = array->shape[0];
   Column column{array, per_sample, per_sample ? type.elements() / batch_ : type.elements(), {}};
-  column.buffer.resize(static_cast<size_t>(type.elements()) * dtype_size(type.dtype) / 8 + 1);
+  if (type.dtype != DType::kF32)
+    column.buffer.resize(static_cast<size_t>(type.elements()) * dtype_size(type.dtype) / 8 + 1);
   columns_.push_back(std::move(column));
   pk_tensor tensor{columns_.back().buffer.data(), static_cast<pk_dtype>(type.dtype), type.rank, {}};
   std::memcpy(tensor.dims, type.dims, sizeof(tensor.dims));
@@ -145,14 +146,15 @@ Status Dataset::check_finite(const Column& column, const float* values, int64_t 
   return PK_OK;
 }
 
-Status Dataset::gather(const int64_t* indices) {
+Status Dataset::gather(const int64_t* indices, Session* session) {
   for (size_t c = 0; c < columns_.size(); ++c) {
     Column& column = columns_[c];
     const DType dtype = static_cast<DType>(tensors_[c].dtype);
+    if (dtype == DType::kF32) POCKC_TRY(session->input(entry_, names_[c], &tensors_[c]));
     const Convert convert = find_conversion(column.array->type, dtype);
     const int64_t sample_bytes = column.elements * static_cast<int64_t>(numpy_type_size(column.array->type));
     const int64_t step = column.elements * static_cast<int64_t>(dtype_size(dtype));
-    uint8_t* out = reinterpret_cast<uint8_t*>(column.buffer.data());
+    uint8_t* out = static_cast<uint8_t*>(tensors_[c].data);
     for (int64_t i = 0; i < (column.per_sample ? batch_ : 1); ++i, out += step) {
       const int64_t sample = column.per_sample ? indices[i] : 0;
       convert(column.array->data + sample * sample_bytes, column.elements, out);

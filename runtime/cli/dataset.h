@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "npz.h"
-#include "program.h"
+#include "session.h"
 
 namespace pockc::cli {
 
@@ -21,8 +21,10 @@ class Dataset {
   int64_t samples() const { return samples_; }
   int64_t batch_size() const { return batch_; }
 
-  // Makes the batch of these samples. NaN and infinite values are an error that names the sample.
-  Status gather(const int64_t* indices);
+  // Makes the batch of these samples, for the next run of the entry and no other: floats in the session's own
+  // memory, so that there is no second batch; integers, which are small and read again after the run, here.
+  // NaN and infinite values are an error that names the sample.
+  Status gather(const int64_t* indices, Session* session);
 
   // The batch, as pk_session_run takes it.
   const char* const* names() const { return names_.data(); }
@@ -36,7 +38,7 @@ class Dataset {
     const NumpyArray* array;
     bool per_sample;
     int64_t elements;              // of one sample, or of the whole array
-    std::vector<uint64_t> buffer;  // the batch; 8-byte elements for their alignment
+    std::vector<uint64_t> buffer;  // the batch of integers; 8-byte elements for their alignment
   };
 
   Status add_column(const Program& program, const EntryRecord& entry, const Argument& input);
@@ -46,6 +48,7 @@ class Dataset {
   std::string wanted(const Program& program, const EntryRecord& entry) const;
 
   Npz file_;
+  const char* entry_ = nullptr;
   std::vector<Column> columns_;
   std::vector<const char*> names_;
   std::vector<pk_tensor> tensors_;

@@ -83,7 +83,7 @@ Status Evaluator::run(Model* model, bool show_progress) {
   correct_ = counted_ = 0;
   for (int64_t i = 0; i < batches && stop_signal() == 0; ++i) {
     const int64_t real = fill_batch(i * data_.batch_size(), data_.samples(), &indices);
-    POCKC_TRY(data_.gather(indices.data()));
+    POCKC_TRY(data_.gather(indices.data(), &model->session));
     POCKC_TRY(run_batch(model, *entry_, data_, outputs_));
     const bool full = real == data_.batch_size() || batches == 1;
     if (full && loss_output_ >= 0) {
@@ -199,7 +199,7 @@ Status infer_all(Model* model, const Options& options, int64_t* samples) {
   Progress progress("inferring", data.samples(), !options.quiet);
   for (int64_t first = 0; first < data.samples(); first += data.batch_size()) {
     const int64_t real = fill_batch(first, data.samples(), &indices);
-    POCKC_TRY(data.gather(indices.data()));
+    POCKC_TRY(data.gather(indices.data(), &model->session));
     POCKC_TRY(run_batch(model, *entry, data, outputs));
     for (size_t i = 0; i < outputs.size(); ++i) {
       const size_t size = collected[i].sample_bytes;

@@ -193,7 +193,7 @@ Status Trainer::run_epoch() {
 }
 
 Status Trainer::step(const int64_t* indices, float* loss) {
-  POCKC_TRY(data_.gather(indices));
+  POCKC_TRY(data_.gather(indices, &model_.session));
   const char* name = outputs_[0].name;
   timer_.start();
   POCKC_TRY(model_.session.run("train_step", data_.names(), data_.tensors(), data_.count(), &name,

@@ -121,6 +121,12 @@ pk_status pk_session_create(const pk_program* program, const pk_session_options*
 
 void pk_session_free(pk_session* session) { delete session; }
 
+pk_status pk_session_input(pk_session* session, const char* entry, const char* name, pk_tensor* out_tensor) {
+  if (session == nullptr || entry == nullptr || name == nullptr || out_tensor == nullptr)
+    return null_argument("pk_session_input");
+  return session->session.input(entry, name, out_tensor);
+}
+
 pk_status pk_session_run(pk_session* session, const char* entry, const char* const* input_names,
                          const pk_tensor* inputs, int32_t input_count, const char* const* output_names,
                          const pk_tensor* outputs, int32_t output_count) {

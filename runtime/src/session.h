@@ -27,6 +27,7 @@ class Session {
 
   Status run(const char* entry, const char* const* input_names, const pk_tensor* inputs, int32_t input_count,
              const char* const* output_names, const pk_tensor* outputs, int32_t output_count);
+  Status input(const char* entry, const char* name, pk_tensor* out);
   Status read_state(const char* name, pk_tensor* out) const;
   Status write_state(const char* name, const pk_tensor& tensor);
   Status save(const char* path, const char* cursor_json) const;
@@ -60,6 +61,8 @@ class Session {
   Tensor bound_tensor(uint32_t index) const;
 
   Status select_entry(const char* name, const BoundEntry** entry) const;
+  bool in_arena(const void* data) const;
+  Status check_input(const EntryRecord& entry, const char* name, const pk_tensor& given) const;
   Status copy_inputs(const EntryRecord& entry, const char* const* names, const pk_tensor* tensors,
                      int32_t count);
   Status check_outputs(const EntryRecord& entry, const char* const* names, const pk_tensor* tensors,

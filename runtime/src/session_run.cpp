@@ -93,15 +93,42 @@ Status Session::select_entry(const char* name, const BoundEntry** entry) const {
   return fail(PK_NOT_FOUND, "the program has no entry `%s`", wanted);
 }
 
+Status Session::input(const char* entry_name, const char* name, pk_tensor* out) {
+  const BoundEntry* entry = nullptr;
+  POCKC_TRY(select_entry(entry_name, &entry));
+  const Argument* argument = find_argument(entry->record->inputs, name);
+  if (argument == nullptr) return fail(PK_NOT_FOUND, "entry `%s` has no input `%s`", entry_name, name);
+  const TensorRecord& record = program_->tensors[argument->tensor];
+  *out = pk_tensor{arena_ + record.offset, static_cast<pk_dtype>(record.type.dtype), record.type.rank, {}};
+  std::memcpy(out->dims, record.type.dims, sizeof(out->dims));
+  return PK_OK;
+}
+
+bool Session::in_arena(const void* data) const {
+  const uintptr_t start = reinterpret_cast<uintptr_t>(arena_), at = reinterpret_cast<uintptr_t>(data);
+  return at >= start && at - start < program_->arena_bytes;
+}
+
+// A pointer into the arena is right where the input lies, and nowhere else: what is there would be
+// overwritten while other inputs are copied in.
+Status Session::check_input(const EntryRecord& entry, const char* name, const pk_tensor& given) const {
+  const Argument* argument = find_argument(entry.inputs, name);
+  if (argument == nullptr)
+    return fail(PK_NOT_FOUND, "entry `%s` has no input `%s`", entry.name.c_str(), name);
+  const TensorRecord& target = program_->tensors[argument->tensor];
+  POCKC_TRY(check_tensor("input", name, target.type, given));
+  if (!in_arena(given.data) || given.data == arena_ + target.offset) return PK_OK;
+  return fail(PK_INVALID_ARGUMENT,
+              "input `%s` lies inside the arena, but not where this run of entry `%s` reads it: ask "
+              "pk_session_input before each run",
+              name, entry.name.c_str());
+}
+
 // All arguments are checked before the first is copied.
 Status Session::copy_inputs(const EntryRecord& entry, const char* const* names, const pk_tensor* tensors,
                             int32_t count) {
   for (int32_t i = 0; i < count; ++i) {
-    const Argument* argument = find_argument(entry.inputs, names[i]);
-    if (argument == nullptr) {
-      return fail(PK_NOT_FOUND, "entry `%s` has no input `%s`", entry.name.c_str(), names[i]);
-    }
-    POCKC_TRY(check_tensor("input", names[i], program_->tensors[argument->tensor].type, tensors[i]));
+    POCKC_TRY(check_input(entry, names[i], tensors[i]));
   }
   for (const Argument& argument : entry.inputs) {
     int given = 0;
@@ -112,8 +139,9 @@ Status Session::copy_inputs(const EntryRecord& entry, const char* const* names, 
   }
   for (int32_t i = 0; i < count; ++i) {
     const TensorRecord& target = program_->tensors[find_argument(entry.inputs, names[i])->tensor];
-    std::memcpy(arena_ + target.offset, tensors[i].data, target.bytes);
     touch(target.end());
+    if (tensors[i].data == arena_ + target.offset) continue;
+    std::memcpy(arena_ + target.offset, tensors[i].data, target.bytes);
   }
   return PK_OK;
 }

@@ -175,9 +175,11 @@ TEST("NaN and infinity are found with their sample, and other dtypes are convert
   REQUIRE(write_npz(path, sample_arrays(x, labels)) == PK_OK);
   Dataset data;
   REQUIRE(data.open(path, program, entry) == PK_OK);
+  Session session;
+  REQUIRE(session.create(program, SessionSettings()) == PK_OK);
   const int64_t good[] = {0, 1}, bad[] = {1, 2};
-  CHECK(data.gather(good) == PK_OK);
-  CHECK(data.gather(bad) == PK_INVALID_ARGUMENT);
+  CHECK(data.gather(good, &session) == PK_OK);
+  CHECK(data.gather(bad, &session) == PK_INVALID_ARGUMENT);
   CHECK(contains(pk_last_error(), "`pixel_values` holds NaN in sample 2"));
   // uint8 images and int32 labels.
   std::vector<uint8_t> bytes = {0, 1, 2, 255, 4, 5, 6, 7};
@@ -187,7 +189,10 @@ TEST("NaN and infinity are found with their sample, and other dtypes are convert
   REQUIRE(write_npz(path, {a, b}) == PK_OK);
   Dataset converted;
   REQUIRE(converted.open(path, program, entry) == PK_OK);
-  REQUIRE(converted.gather(good) == PK_OK);
+  REQUIRE(converted.gather(good, &session) == PK_OK);
+  pk_tensor place;
+  REQUIRE(session.input("train_step", "pixel_values", &place) == PK_OK);
+  CHECK(converted.tensors()[0].data == place.data);
   CHECK(static_cast<const float*>(converted.tensors()[0].data)[3] == 255.0f);
   REQUIRE(converted.integers("labels") != nullptr);
   CHECK(converted.integers("labels")[1] == -100);

@@ -86,6 +86,63 @@ TEST("states are read and written in the user's layout") {
   CHECK(pk_session_write_state(fixture.session, "nothing", &refused) == PK_NOT_FOUND);
 }
 
+TEST("an input that is made in place gives the bits of one that is copied") {
+  for (const uint32_t accumulation : {1u, 3u}) {
+    Fixture copied(mean_program(accumulation)), placed(mean_program(accumulation));
+    const char* names[] = {"pixel_values", "labels"};
+    const char* output_names[] = {"loss"};
+    int64_t labels[2] = {0, 1};
+    for (int step = 0; step < 7; ++step) {
+      float x[8], wanted = 0, loss = -1;
+      for (int i = 0; i < 8; ++i) x[i] = static_cast<float>(step * i % 5);
+      REQUIRE(copied.train(x, &wanted) == PK_OK);
+      pk_tensor inputs[] = {{}, {labels, PK_I64, 1, {2}}};
+      REQUIRE(pk_session_input(placed.session, "train_step", "pixel_values", &inputs[0]) == PK_OK);
+      REQUIRE(inputs[0].dtype == PK_F32 && inputs[0].rank == 2);
+      REQUIRE(inputs[0].dims[0] == 2 && inputs[0].dims[1] == 4);
+      std::memcpy(inputs[0].data, x, sizeof(x));
+      const pk_tensor output{&loss, PK_F32, 0, {}};
+      REQUIRE(pk_session_run(placed.session, "train_step", names, inputs, 2, output_names, &output, 1) ==
+              PK_OK);
+      CHECK(loss == wanted);
+    }
+    float a[4], b[4];
+    REQUIRE(copied.read("weight", a, {4}) == PK_OK && placed.read("weight", b, {4}) == PK_OK);
+    CHECK(std::memcmp(a, b, sizeof(a)) == 0);
+  }
+}
+
+TEST("the buffer of an input is that of its entry, and no other place in the arena is taken") {
+  Fixture fixture;
+  pk_tensor train, again, infer;
+  REQUIRE(pk_session_input(fixture.session, "train_step", "pixel_values", &train) == PK_OK);
+  REQUIRE(pk_session_input(fixture.session, "train_step", "pixel_values", &again) == PK_OK);
+  REQUIRE(pk_session_input(fixture.session, "infer", "pixel_values", &infer) == PK_OK);
+  CHECK(train.data == again.data && train.data != nullptr);
+  pk_tensor none;
+  CHECK(pk_session_input(fixture.session, "dance", "pixel_values", &none) == PK_NOT_FOUND);
+  CHECK(pk_session_input(fixture.session, "train_step", "pixels", &none) == PK_NOT_FOUND);
+  CHECK(contains(pk_last_error(), "entry `train_step` has no input `pixels`"));
+  CHECK(pk_session_input(fixture.session, "infer", "labels", &none) == PK_NOT_FOUND);
+  CHECK(pk_session_input(fixture.session, "train_step", "weight", &none) == PK_NOT_FOUND);  // a state
+  CHECK(pk_session_input(nullptr, "infer", "pixel_values", &none) == PK_INVALID_ARGUMENT);
+  CHECK(pk_session_input(fixture.session, nullptr, "pixel_values", &none) == PK_INVALID_ARGUMENT);
+  CHECK(pk_session_input(fixture.session, "infer", nullptr, &none) == PK_INVALID_ARGUMENT);
+  CHECK(pk_session_input(fixture.session, "infer", "pixel_values", nullptr) == PK_INVALID_ARGUMENT);
+  const char* names[] = {"pixel_values"};
+  infer.data = static_cast<float*>(infer.data) + 1;
+  CHECK(pk_session_run(fixture.session, "infer", names, &infer, 1, nullptr, nullptr, 0) ==
+        PK_INVALID_ARGUMENT);
+  CHECK(contains(pk_last_error(), "ask pk_session_input before each run"));
+}
+
+TEST("with accumulation the buffer follows the micro-step") {
+  Fixture fixture(mean_program(2));
+  pk_tensor none;
+  CHECK(pk_session_input(fixture.session, "accumulate", "pixel_values", &none) == PK_INVALID_ARGUMENT);
+  CHECK(contains(pk_last_error(), "run `train_step`"));
+}
+
 TEST("wrong arguments are refused with the shapes in the message") {
   Fixture fixture;
   float x[32] = {};

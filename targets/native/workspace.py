@@ -8,6 +8,7 @@ with these bytes and refuse it with fewer.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from math import prod
 from typing import Any
 
@@ -15,7 +16,7 @@ from pockc.ir import TensorType
 
 _FLOAT = 4
 _GEMM_DEPTH = 256  # block of the inner dimension
-_GEMM_COLUMNS = 384  # block of the columns of the right matrix
+_GEMM_WORK = 256 * 1024  # multiply-adds from which on a product uses several threads
 _GEMM_ROWS = 16  # most rows of any instruction set's tile
 _GEMM_PADDING = 16  # floats between copied rows
 _DEPTHWISE_UNITS = 4  # separately summed parts of a depthwise weight gradient
@@ -54,17 +55,47 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def _gemm(columns: int, depth: int) -> int:
-    """Bytes that one thread needs for a product with that many columns and that inner dimension."""
+def _block_columns(rows: int, copied: bool) -> int:
+    """Columns of one block of the right matrix where a thread has that many rows of the left one."""
+    if copied:
+        return 192 if rows <= 192 else 384
+    return next((columns for most, columns in ((64, 48), (256, 96), (512, 192)) if rows <= most), 384)
+
+
+def _part(rows: int, columns: int, depth: int, copied: bool) -> int:
+    """Bytes that one thread needs for a product; ``copied`` where panels of the left matrix are copied."""
     block = min(depth, _GEMM_DEPTH)
-    left = _GEMM_ROWS * (block + _GEMM_PADDING)
-    right = block * min(_round_up(columns, 16), _GEMM_COLUMNS)
+    left = _GEMM_ROWS * (block + _GEMM_PADDING) if copied else 0
+    right = block * min(_round_up(columns, 16), _block_columns(rows, copied))
     return _FLOAT * _round_up(left + right, 16)
 
 
+def _gemm(rows: int, columns: int, depth: int, copied: bool, threads: int) -> int:
+    """Bytes for a product on that many threads, or on fewer."""
+    alone = _part(rows, columns, depth, copied)
+    if rows * columns * depth < _GEMM_WORK:
+        return alone
+    splits_rows = 2 * rows >= columns
+    shares = ((count, -(-rows // count) if splits_rows else rows) for count in range(2, threads + 1))
+    return max(alone, *(count * _part(share, columns, depth, copied) for count, share in shares), 0)
+
+
+def _conflicts(stride: int) -> bool:
+    """Whether rows that far apart lie on the same cache sets: such a matrix is copied."""
+    return stride % 1024 == 0
+
+
 def _matmul(inputs: Types, outputs: Types, attrs: Attributes, threads: int) -> int:
-    depth = inputs[0].shape[-2 if attrs["transpose_a"] else -1]
-    return threads * _gemm(outputs[0].shape[-1], depth)
+    left, out = inputs[0].shape, outputs[0].shape
+    transposed = attrs["transpose_a"]
+    rows, columns, depth, batch = out[-2], out[-1], left[-2 if transposed else -1], prod(out[:-2])
+    if len(inputs[1].shape) == 2 and len(left) == len(out) and not transposed:
+        rows, batch = rows * batch, 1
+    copied = transposed or _conflicts(left[-1])
+    whole_items = min(threads, batch) * _part(rows, columns, depth, copied)
+    if batch > 1 and batch >= threads:
+        return whole_items
+    return max(whole_items, _gemm(rows, columns, depth, copied, threads))
 
 
 def _is_depthwise(channels: int, out_channels: int, groups: int) -> bool:
@@ -75,25 +106,46 @@ def _depthwise(channels: int, kernel: tuple[int, ...]) -> int:
     return _FLOAT * _round_up(prod(kernel) * channels, 16)
 
 
+def _is_pointwise(weight: tuple[int, ...], attrs: Attributes) -> bool:
+    return prod(weight[1:3]) == 1 and tuple(attrs["stride"]) == (1, 1) and not any(attrs["padding"])
+
+
 def _conv2d(inputs: Types, outputs: Types, attrs: Attributes, threads: int) -> int:
     channels, weight, groups = inputs[0].shape[3], inputs[1].shape, attrs["groups"]
     if _is_depthwise(channels, weight[0], groups):
         return _depthwise(channels, weight[1:3])
-    return threads * _gemm(weight[0] // groups, prod(weight[1:]))
+    copied = not _is_pointwise(weight, attrs) or _conflicts(channels)
+    return _gemm(prod(outputs[0].shape[:3]), weight[0] // groups, prod(weight[1:]), copied, threads)
+
+
+def _phases(size: int, weight: tuple[int, ...], attrs: Attributes, axis: int) -> list[tuple[int, int]]:
+    """Of one axis, for each remainder of a position by the stride: how many positions, and how many taps reach them."""
+    stride, padding, dilation = attrs["stride"][axis], attrs["padding"][2 * axis], attrs["dilation"][axis]
+    return [
+        (
+            -(-(size - phase) // stride),
+            sum((phase + padding - r * dilation) % stride == 0 for r in range(weight[1 + axis])),
+        )
+        for phase in range(min(stride, size))
+    ]
 
 
 def _conv2d_grad_input(inputs: Types, outputs: Types, attrs: Attributes, threads: int) -> int:
     channels, weight, groups = outputs[0].shape[3], inputs[1].shape, attrs["groups"]
     if _is_depthwise(channels, weight[0], groups):
         return _depthwise(channels, weight[1:3])
-    return threads * _gemm(weight[3], prod(weight[1:3]) * (weight[0] // groups))
+    copied = not _is_pointwise(weight, attrs) or _conflicts(weight[0])
+    batch, height, width, _ = outputs[0].shape
+    down, across = (_phases(size, weight, attrs, axis) for axis, size in enumerate((height, width)))
+    products = ((batch * h * w, r * s * (weight[0] // groups)) for (h, r), (w, s) in product(down, across) if r * s)
+    return max((_gemm(rows, weight[3], depth, copied, threads) for rows, depth in products), default=0)
 
 
 def _conv2d_grad_weight(inputs: Types, outputs: Types, attrs: Attributes, threads: int) -> int:
     channels, weight, groups = inputs[0].shape[3], outputs[0].shape, attrs["groups"]
     if _is_depthwise(channels, weight[0], groups):
         return _DEPTHWISE_UNITS * _depthwise(channels, weight[1:3])
-    return threads * _gemm(prod(weight[1:]), prod(inputs[1].shape[:3]))
+    return _gemm(weight[0] // groups, prod(weight[1:]), prod(inputs[1].shape[:3]), True, threads)
 
 
 def _sums_of_units(inputs: Types, outputs: Types, attrs: Attributes, threads: int) -> int:
@@ -117,16 +169,18 @@ def _score_block(queries: int, keys: int) -> tuple[int, int]:
 def _attention(inputs: Types, outputs: Types, attrs: Attributes, threads: int) -> int:
     queries, depth = inputs[0].shape[2:]
     keys, value_depth = inputs[2].shape[2:]
-    _, block = _score_block(queries, keys)
-    return threads * (block + max(_gemm(keys, depth), _gemm(value_depth, keys)))
+    rows, block = _score_block(queries, keys)
+    products = ((rows, keys, depth), (rows, value_depth, keys))
+    return threads * (block + max(_part(*shape, copied=True) for shape in products))
 
 
 def _attention_grad(inputs: Types, outputs: Types, attrs: Attributes, threads: int) -> int:
     queries, depth = inputs[1].shape[2:]
     keys, value_depth = inputs[3].shape[2:]
     rows, block = _score_block(queries, keys)
-    products = ((keys, depth), (keys, value_depth), (depth, keys), (depth, rows), (value_depth, rows))
-    return threads * (2 * block + max(_gemm(columns, inner) for columns, inner in products))
+    widest = max(depth, value_depth)
+    products = ((rows, keys, widest), (rows, depth, keys), (keys, widest, rows))
+    return threads * (2 * block + max(_part(*shape, copied=True) for shape in products))
 
 
 _RULES: dict[str, Callable[[Types, Types, Attributes, int], int]] = {

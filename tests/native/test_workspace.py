@@ -27,9 +27,18 @@ LARGER: list[tuple[str, Shapes, Mapping[str, Any]]] = [
     ("matmul", ((300, 40), (300, 17)), {"transpose_a": True}),
     ("matmul", ((2, 3, 20, 300), (2, 3, 31, 300)), {"transpose_b": True}),
     ("conv2d", ((2, 9, 9, 40), (400, 3, 3, 40)), {"padding": (1, 1, 1, 1)}),
+    ("matmul", ((3, 40, 200), (3, 200, 100)), {}),
+    ("matmul", ((300, 1024), (1024, 100)), {}),
+    ("matmul", ((520, 40), (40, 200)), {}),
+    ("conv2d", ((1, 4, 4, 576), (160, 1, 1, 576)), {}),
+    ("conv2d", ((1, 14, 14, 96), (192, 1, 1, 96)), {}),
+    ("conv2d", ((1, 15, 15, 32), (64, 1, 1, 32)), {"stride": (2, 2)}),
     ("conv2d", ((1, 9, 9, 24), (24, 5, 5, 1)), {"groups": 24}),
     ("conv2d", ((1, 9, 9, 24), (36, 3, 3, 2)), {"groups": 12}),
     ("conv2d_grad_input", ((2, 5, 5, 50), (50, 3, 3, 33)), {"size": (9, 9), "stride": (2, 2), "padding": (1, 1, 1, 1)}),
+    ("conv2d_grad_input", ((1, 4, 4, 160), (160, 1, 1, 576)), {"size": (4, 4)}),
+    ("conv2d_grad_input", ((1, 8, 8, 64), (64, 1, 1, 48)), {"size": (15, 15), "stride": (2, 2)}),
+    ("conv2d_grad_input", ((2, 12, 8, 64), (64, 3, 5, 48)), {"size": (25, 16), "dilation": (1, 2), "stride": (2, 1)}),
     ("conv2d_grad_input", ((1, 7, 7, 24), (24, 3, 3, 1)), {"size": (9, 9), "groups": 24}),
     ("conv2d_grad_weight", ((2, 20, 20, 50), (2, 18, 18, 33)), {"kernel": (3, 3)}),
     ("conv2d_grad_weight", ((1, 9, 9, 24), (1, 7, 7, 24)), {"kernel": (3, 3), "groups": 24}),
@@ -78,7 +87,7 @@ def test_planned_workspace_is_what_the_kernel_asks_for(op: str) -> None:
 def test_planned_workspace_is_exact_around_block_sizes(op: str, shapes: Shapes, attrs: Mapping[str, Any]) -> None:
     generator = np.random.default_rng(0)
     operands = [generator.standard_normal(shape).astype(np.float32) for shape in shapes]
-    for threads in (1, 2):
+    for threads in (1, 2, 3, 4):
         assert assert_exact(op, operands, attrs, threads)
 
 
@@ -96,11 +105,26 @@ def test_a_thread_count_below_one_is_refused() -> None:
         workspace_bytes("add", (), (), {}, 0)
 
 
-def test_scratch_does_not_grow_with_the_size_of_the_problem() -> None:
-    def needed(rows: int, columns: int, depth: int) -> int:
-        types = TensorType((rows, depth)), TensorType((depth, columns))
-        attrs = {"transpose_a": False, "transpose_b": False}
-        return workspace_bytes("matmul", types, (TensorType((rows, columns)),), attrs, 1)
+def matmul_bytes(rows: int, columns: int, depth: int, threads: int = 1) -> int:
+    types = TensorType((rows, depth)), TensorType((depth, columns))
+    attrs = {"transpose_a": False, "transpose_b": False}
+    return workspace_bytes("matmul", types, (TensorType((rows, columns)),), attrs, threads)
 
-    assert needed(8, 8, 8) < 1 << 12
-    assert needed(10_000, 10_000, 10_000) == needed(400, 400, 400) < 1 << 19
+
+def test_scratch_does_not_grow_with_the_size_of_the_problem() -> None:
+    assert matmul_bytes(8, 8, 8) <= 1 << 9
+    assert matmul_bytes(10_000, 10_000, 10_000) == matmul_bytes(600, 600, 600) < 1 << 19
+
+
+def test_a_product_of_few_rows_has_little_scratch_on_any_number_of_threads() -> None:
+    block = 4 * 256 * 48
+    assert matmul_bytes(16, 160, 576) == block
+    assert matmul_bytes(16, 160, 576, threads=4) == 4 * block
+    assert matmul_bytes(1, 1000, 160, threads=4) == 4 * 160 * 48  # too little work for more than one thread
+
+
+@pytest.mark.parametrize("rows", [1, 60, 70, 196, 260, 1000, 5000])
+@pytest.mark.parametrize("columns", [10, 300, 3000])
+def test_a_program_planned_for_some_threads_runs_on_fewer(rows: int, columns: int) -> None:
+    needed = [matmul_bytes(rows, columns, 300, threads) for threads in range(1, 9)]
+    assert needed == sorted(needed)

@@ -86,8 +86,16 @@ PK_API pk_status pk_program_tensor(const pk_program* program, const char* entry,
 PK_API pk_status pk_session_create(const pk_program* program, const pk_session_options* options,
                                    pk_session** out_session);
 PK_API void pk_session_free(pk_session* session);
-/* Runs one entry. `inputs` are copied in first, matched by name, all must be there; `outputs` are copied out
- * last, any subset of the entry's outputs. With gradient accumulation, "train_step" takes care of the
+/* Where the next run of an entry reads an input: a buffer inside the arena, owned by the session, for callers
+ * that make their batch in place instead of having it copied. Fill it, then give pk_session_run a tensor with
+ * this very pointer. Other tensors live in the same bytes during a run of any entry, so that the contents are
+ * lost: fill every such input before every run, with no other run in between. Each entry has buffers of its
+ * own, and with gradient accumulation "train_step" has two sets of them: ask again before each run. */
+PK_API pk_status pk_session_input(pk_session* session, const char* entry, const char* name,
+                                  pk_tensor* out_tensor);
+/* Runs one entry. `inputs` are copied in first, matched by name, all must be there; one that has the pointer
+ * of pk_session_input is in place already, any other pointer into the arena is refused. `outputs` are copied
+ * out last, any subset of the entry's outputs. With gradient accumulation, "train_step" takes care of the
  * micro-step. */
 PK_API pk_status pk_session_run(pk_session* session, const char* entry, const char* const* input_names,
                                 const pk_tensor* inputs, int32_t input_count, const char* const* output_names,

@@ -7,7 +7,8 @@ namespace POCKC_SIMD_NAMESPACE {
 namespace {
 
 int64_t product_scratch(const Attention& a) {
-  return maximum(gemm_scratch(a.keys, a.depth), gemm_scratch(a.value_depth, a.keys));
+  const int64_t rows = a.block_rows();
+  return maximum(part_scratch(rows, a.keys, a.depth, true), part_scratch(rows, a.value_depth, a.keys, true));
 }
 int64_t thread_floats(const Attention& a) { return a.block_rows() * a.score_pitch() + product_scratch(a); }
 
@@ -38,7 +39,7 @@ void run_block(const Call& call, const Attention& a, int64_t head, int64_t begin
   plain(&g, scores, a.score_pitch(), false, a.v + (b * a.key_heads + a.key_head(h)) * a.keys * a.value_depth,
         a.value_depth, false, call.outputs[0].as<float>() + (head * a.queries + begin) * a.value_depth,
         a.value_depth);
-  gemm_part(g, 0, g.m, 0, g.n, scratch);
+  gemm_alone(g, scratch);
 }
 
 }  // namespace

@@ -87,7 +87,7 @@ inline void Attention::scores(int64_t b, int64_t h, int64_t begin, int64_t end, 
   g.m = end - begin, g.n = seen, g.k = depth;
   plain(&g, q + ((b * heads + h) * queries + begin) * depth, depth, false,
         k + (b * key_heads + key_head(h)) * keys * depth, depth, true, to, score_pitch());
-  gemm_part(g, 0, g.m, 0, g.n, scratch);
+  gemm_alone(g, scratch);
   for (int64_t i = begin; i < end; ++i) {
     float* row = to + (i - begin) * score_pitch();
     for_vectors(0, seen, [&](int64_t j, int64_t valid) POCKC_LAMBDA {

@@ -8,11 +8,12 @@ namespace pockc {
 namespace POCKC_SIMD_NAMESPACE {
 namespace {
 
+// As if every left matrix were copied, which not all are: the most that any of the products asks for.
 int64_t product_scratch(const Attention& a) {
-  const int64_t rows = a.block_rows();
-  int64_t most = maximum(gemm_scratch(a.keys, a.depth), gemm_scratch(a.keys, a.value_depth));
-  most = maximum(most, gemm_scratch(a.depth, a.keys));
-  return maximum(most, maximum(gemm_scratch(a.depth, rows), gemm_scratch(a.value_depth, rows)));
+  const int64_t rows = a.block_rows(), widest = maximum(a.depth, a.value_depth);
+  const int64_t scores = part_scratch(rows, a.keys, widest, true);
+  return maximum(maximum(scores, part_scratch(rows, a.depth, a.keys, true)),
+                 part_scratch(a.keys, widest, rows, true));
 }
 int64_t thread_floats(const Attention& a) {
   return 2 * a.block_rows() * a.score_pitch() + product_scratch(a);
@@ -34,7 +35,7 @@ float row_product(const float* x, const float* y, int64_t n) {
 void multiply(int64_t m, int64_t n, int64_t k, Gemm* g, bool accumulate, float* scratch) {
   g->m = m, g->n = n, g->k = k;
   g->accumulate = accumulate;
-  gemm_part(*g, 0, m, 0, n, scratch);
+  gemm_alone(*g, scratch);
 }
 
 void run_block(const Attention& a, const Head& head, int64_t begin, int64_t end, float* p, float* scratch) {

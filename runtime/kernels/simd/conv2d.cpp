@@ -1,5 +1,5 @@
 // conv2d: y[m, o] = sum over k = (tap, channel) of patch[m, k] w[o, k], m over all output pixels: one
-// implicit GEMM per group. Workspace: gemm_scratch floats per thread (depthwise: see convolution.h).
+// implicit GEMM per group. Workspace: gemm_scratch floats (depthwise: see convolution.h).
 #include "simd/convolution.h"
 
 namespace pockc {
@@ -20,6 +20,22 @@ Convolution describe(const Call& call, Epilogue* epilogue) {
   return c;
 }
 
+// The product of the first group, for whose image matrix `patches` has to stay.
+Gemm product(const Call& call, const Convolution& c, const Patches& patches) {
+  Gemm g;
+  g.m = c.batch * c.out_height * c.out_width;
+  g.n = c.group_out();
+  g.k = c.taps() * c.group_in();
+  g.a.data = call.inputs[0].as<float>();
+  g.a.stride = c.channels;
+  if (!c.pointwise()) g.a.patches = &patches;
+  set_weight(call.inputs[1], 0, g.k, &g.b);
+  g.b.transposed = true;
+  g.c.data = call.outputs[0].as<float>();
+  g.c.stride = c.out_channels;
+  return g;
+}
+
 }  // namespace
 
 bool accepts_conv2d(const Call& call) {
@@ -27,7 +43,7 @@ bool accepts_conv2d(const Call& call) {
   const Convolution c = describe(call, &epilogue);
   if (!convolution_fits(call, c)) return false;
   if (c.depthwise()) return has_workspace(call, 0, depthwise_floats(c));
-  return has_workspace(call, gemm_scratch(c.group_out(), c.taps() * c.group_in()));
+  return has_workspace(call, 0, gemm_scratch(product(call, c, Patches()), thread_count(call)));
 }
 
 Status run_conv2d(const Call& call) {
@@ -38,18 +54,12 @@ Status run_conv2d(const Call& call) {
     return PK_OK;
   }
   const float* x = call.inputs[0].as<float>();
-  Gemm g;
-  g.m = c.batch * c.out_height * c.out_width;
-  g.n = c.group_out();
-  g.k = c.taps() * c.group_in();
-  g.b.transposed = true;
-  g.c.stride = c.out_channels;
+  Patches patches;
+  Gemm g = product(call, c, patches);
   g.epilogue = epilogue;
   for (int64_t group = 0; group < c.groups; ++group) {
-    const Patches patches = c.patches(x, group);
+    patches = c.patches(x, group);
     g.a.data = x + group * c.group_in();
-    g.a.stride = c.channels;
-    if (!c.pointwise()) g.a.patches = &patches;
     set_weight(call.inputs[1], group * g.n, g.k, &g.b);
     g.c.data = call.outputs[0].as<float>() + group * g.n;
     if (epilogue.bias != nullptr) g.epilogue.bias = epilogue.bias + group * g.n;

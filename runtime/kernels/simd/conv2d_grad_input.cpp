@@ -2,7 +2,8 @@
 // / s, for those taps r where that division is exact. Which taps these are depends on h mod s alone: the
 // pixels of one such phase (per axis) form a grid, along which oh steps by one. Each phase is therefore an
 // ordinary implicit GEMM over the patches of ct, k = (its taps, out channel), and no multiplication by an
-// inserted zero is ever done. Workspace: gemm_scratch floats per thread (depthwise: see convolution.h).
+// inserted zero is ever done. Workspace: the most gemm_scratch floats of any phase (depthwise: see
+// convolution.h).
 #include "simd/convolution.h"
 
 namespace pockc {
@@ -41,42 +42,72 @@ void zero_phase(const Call& call, const Gemm& g) {
   });
 }
 
-void run_phase(const Call& call, const Convolution& c, int64_t group, int64_t phase_h, int64_t phase_w) {
-  const int64_t out = c.group_out();
-  Patches p;
-  p.image = call.inputs[0].as<float>() + group * out;
-  p.end = call.inputs[0].as<float>() + elements(call.inputs[0]);
-  p.height = c.out_height, p.width = c.out_width, p.pitch = c.out_channels, p.channels = out;
+// The product of one phase of the first group.
+struct Phase {
+  Patches patches;
+  int64_t offsets[kMaxTaps * kMaxTaps];  // of the taps, in a weight's row
+  int64_t first_output;                  // the first pixel's place
+  Gemm gemm;
+
+  Phase(const Call& call, const Convolution& c, int64_t phase_h, int64_t phase_w);
+  Phase(const Phase&) = delete;
+  Phase& operator=(const Phase&) = delete;
+};
+
+Phase::Phase(const Call& call, const Convolution& c, int64_t phase_h, int64_t phase_w) {
+  Patches& p = patches;
+  p.image = call.inputs[0].as<float>();
+  p.height = c.out_height, p.width = c.out_width, p.pitch = c.out_channels, p.channels = c.group_out();
   p.grid_height = divide_up(c.height - phase_h, c.stride[0]);
   p.grid_width = divide_up(c.width - phase_w, c.stride[1]);
   int64_t rows[kMaxTaps], columns[kMaxTaps];
   p.taps_h = phase_taps(c.kernel_h, c.stride[0], c.padding[0], c.dilation[0], phase_h, p.tap_h, rows);
   p.taps_w = phase_taps(c.kernel_w, c.stride[1], c.padding[2], c.dilation[1], phase_w, p.tap_w, columns);
   p.finish();
-  Gemm g;
+  Gemm& g = gemm;
   g.m = c.batch * p.grid_height * p.grid_width;
   g.n = c.group_in();
   g.k = p.depth();
-  g.c.data = call.outputs[0].as<float>() + (phase_h * c.width + phase_w) * c.channels + group * g.n;
-  g.c.stride = c.channels * c.stride[1];
-  g.c.grid_height = p.grid_height, g.c.grid_width = p.grid_width;
-  g.c.row_pitch = c.channels * c.width * c.stride[0];
-  g.c.image_pitch = c.channels * c.width * c.height;
-  if (g.k == 0) {
-    zero_phase(call, g);
-    return;
-  }
-  int64_t offsets[kMaxTaps * kMaxTaps];
   for (int r = 0; r < p.taps_h; ++r) {
     for (int s = 0; s < p.taps_w; ++s) offsets[r * p.taps_w + s] = (rows[r] * c.kernel_w + columns[s]) * g.n;
   }
   g.a.data = p.image;
   g.a.stride = c.out_channels;
   if (!c.pointwise()) g.a.patches = &p;
-  set_weight(call.inputs[1], group * out, c.taps() * g.n, &g.b);
   g.b.group_offsets = c.taps() == 1 ? nullptr : offsets;
-  g.b.group_size = out;
-  gemm_parallel(call, g, workspace(call));
+  g.b.group_size = c.group_out();
+  first_output = (phase_h * c.width + phase_w) * c.channels;
+  g.c.stride = c.channels * c.stride[1];
+  g.c.grid_height = p.grid_height, g.c.grid_width = p.grid_width;
+  g.c.row_pitch = c.channels * c.width * c.stride[0];
+  g.c.image_pitch = c.channels * c.width * c.height;
+}
+
+template <typename Body>
+void for_phases(const Call& call, const Convolution& c, Body&& body) {
+  for (int64_t h = 0; h < minimum(c.stride[0], c.height); ++h) {
+    for (int64_t w = 0; w < minimum(c.stride[1], c.width); ++w) {
+      Phase phase(call, c, h, w);
+      body(phase);
+    }
+  }
+}
+
+void run_phase(const Call& call, const Convolution& c, Phase& phase) {
+  Gemm& g = phase.gemm;
+  g.c.data = call.outputs[0].as<float>() + phase.first_output;
+  phase.patches.end = call.inputs[0].as<float>() + elements(call.inputs[0]);
+  for (int64_t group = 0; group < c.groups; ++group) {
+    if (g.k == 0) {
+      zero_phase(call, g);
+    } else {
+      set_weight(call.inputs[1], group * c.group_out(), c.taps() * g.n, &g.b);
+      gemm_parallel(call, g, workspace(call));
+    }
+    phase.patches.image += c.group_out();
+    g.a.data += c.group_out();
+    g.c.data += g.n;
+  }
 }
 
 }  // namespace
@@ -85,7 +116,11 @@ bool accepts_conv2d_grad_input(const Call& call) {
   const Convolution c = describe(call);
   if (!convolution_fits(call, c)) return false;
   if (c.depthwise()) return has_workspace(call, 0, depthwise_floats(c));
-  return has_workspace(call, gemm_scratch(c.group_in(), c.taps() * c.group_out()));
+  int64_t most = 0;
+  for_phases(call, c, [&](const Phase& phase) {
+    if (phase.gemm.k > 0) most = maximum(most, gemm_scratch(phase.gemm, thread_count(call)));
+  });
+  return has_workspace(call, 0, most);
 }
 
 Status run_conv2d_grad_input(const Call& call) {
@@ -94,11 +129,7 @@ Status run_conv2d_grad_input(const Call& call) {
     depthwise_grad_input(call, c);
     return PK_OK;
   }
-  for (int64_t group = 0; group < c.groups; ++group) {
-    for (int64_t h = 0; h < minimum(c.stride[0], c.height); ++h) {
-      for (int64_t w = 0; w < minimum(c.stride[1], c.width); ++w) run_phase(call, c, group, h, w);
-    }
-  }
+  for_phases(call, c, [&](Phase& phase) { run_phase(call, c, phase); });
   return PK_OK;
 }
 

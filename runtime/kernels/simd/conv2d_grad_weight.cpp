@@ -1,7 +1,7 @@
 // conv2d_grad_weight: dw[o, k] = sum over output pixels m of ct[m, o] patch[m, k]: a GEMM whose inner
 // dimension is all output pixels, with ct read in place (transposed) and the patches of x packed on the fly
 // as its right matrix. Sums over m run in blocks of kDepth that are added in order, so rounding grows with
-// the block count, not with m. Workspace: gemm_scratch floats per thread (depthwise: see convolution.h).
+// the block count, not with m. Workspace: gemm_scratch floats (depthwise: see convolution.h).
 #include "simd/convolution.h"
 
 namespace pockc {
@@ -20,13 +20,26 @@ Convolution describe(const Call& call) {
   return c;
 }
 
+// The product of a group, without its data.
+Gemm product(const Convolution& c) {
+  Gemm g;
+  g.m = c.group_out();
+  g.n = c.taps() * c.group_in();
+  g.k = c.batch * c.out_height * c.out_width;
+  g.a.transposed = true;
+  g.a.stride = c.out_channels;
+  g.b.stride = c.channels;
+  g.c.stride = g.n;
+  return g;
+}
+
 }  // namespace
 
 bool accepts_conv2d_grad_weight(const Call& call) {
   const Convolution c = describe(call);
   if (!convolution_fits(call, c)) return false;
   if (c.depthwise()) return has_workspace(call, 0, kDepthwiseUnits * depthwise_floats(c));
-  return has_workspace(call, gemm_scratch(c.taps() * c.group_in(), c.batch * c.out_height * c.out_width));
+  return has_workspace(call, 0, gemm_scratch(product(c), thread_count(call)));
 }
 
 Status run_conv2d_grad_weight(const Call& call) {
@@ -36,18 +49,11 @@ Status run_conv2d_grad_weight(const Call& call) {
     return PK_OK;
   }
   const float* x = call.inputs[0].as<float>();
-  Gemm g;
-  g.m = c.group_out();
-  g.n = c.taps() * c.group_in();
-  g.k = c.batch * c.out_height * c.out_width;
-  g.a.transposed = true;
-  g.a.stride = c.out_channels;
-  g.c.stride = g.n;
+  Gemm g = product(c);
   for (int64_t group = 0; group < c.groups; ++group) {
     const Patches patches = c.patches(x, group);
     g.a.data = call.inputs[1].as<float>() + group * g.m;
     g.b.data = x + group * c.group_in();
-    g.b.stride = c.channels;
     if (!c.pointwise()) g.b.patches = &patches;
     g.c.data = call.outputs[0].as<float>() + group * g.m * g.n;
     gemm_parallel(call, g, workspace(call));

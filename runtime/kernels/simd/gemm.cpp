@@ -101,8 +101,9 @@ struct LeftPanel {
 // Rows that lie a multiple of 4 KiB apart share cache sets: more of them than ways would evict each other.
 bool conflicts(int64_t stride) { return stride % 1024 == 0; }
 
-LeftPanel prepare_left(const LeftMatrix& a, int64_t m0, int rows, int64_t k0, int64_t depth, bool reused,
+LeftPanel prepare_left(const Gemm& gemm, int64_t m0, int rows, int64_t k0, int64_t depth, bool reused,
                        float* copy) {
+  const LeftMatrix& a = gemm.a;
   const int64_t stride = depth + kPadding;
   if (a.patches != nullptr) {
     GridPosition at(*a.patches, m0);
@@ -121,12 +122,17 @@ LeftPanel prepare_left(const LeftMatrix& a, int64_t m0, int rows, int64_t k0, in
   // twice.
   const float* data = a.data + k0 * a.stride + m0;
   if (!reused && !conflicts(a.stride)) return {data, a.stride, false};
+  // Whole vectors where the matrix goes on: what lies beyond `rows` is never used.
+  const float* end = a.data + (gemm.k - 1) * a.stride + gemm.m;
+  const int64_t width = round_up(rows, W);
   for (int64_t k = 0; k < depth; ++k) {
-    float* to = copy + k * rows;
     const float* from = data + k * a.stride;
-    for (int i = 0; i < rows; ++i) to[i] = from[i];
+    for (int64_t i = 0; i < rows; i += W) {
+      const bool whole = end - (from + i) >= W;
+      store(copy + k * width + i, whole ? load(from + i) : load_n(from + i, minimum<int64_t>(W, rows - i)));
+    }
   }
-  return {copy, rows, false};
+  return {copy, width, false};
 }
 
 // --- blocks ---
@@ -179,53 +185,95 @@ void multiply_panel(const Gemm& gemm, const LeftPanel& left, const Block& block,
     activate(c[i] + n0, columns, static_cast<Activation>(gemm.epilogue.activation));
 }
 
-}  // namespace
-
-int64_t gemm_scratch(int64_t n, int64_t k) {
-  const int64_t depth = minimum(k, kDepth);
-  return round_up(kMaxRows * (depth + kPadding) + depth * minimum(round_up(n, 16), kColumns), 16);
+// Floats of the panel of A.
+int64_t left_scratch(int64_t k, bool copied) {
+  return copied ? kMaxRows * (minimum(k, kDepth) + kPadding) : 0;
 }
 
-void gemm_part(const Gemm& gemm, int64_t m0, int64_t m1, int64_t n0, int64_t n1, float* scratch) {
+// Rows or columns are split, the longer side in tiles: the other operand is then packed by every thread,
+// which costs the least where it is the small one. Not by the tile of this instruction set: the planner asks.
+bool splits_rows(const Gemm& gemm) { return 2 * gemm.m >= gemm.n; }
+
+bool is_threaded(const Gemm& gemm, int threads) {
+  return threads > 1 && gemm.m * gemm.n * gemm.k >= kThreadedWork;
+}
+
+// About as many as each thread has.
+int64_t rows_each(const Gemm& gemm, int threads) {
+  return splits_rows(gemm) ? divide_up(gemm.m, threads) : gemm.m;
+}
+
+}  // namespace
+
+bool is_copied(const LeftMatrix& a) { return a.patches != nullptr || a.transposed || conflicts(a.stride); }
+
+// In place, up to 512 rows x kDepth floats are read again from the second-level cache. Copying costs one
+// column's worth of time per block, or more; there the limits are lower.
+int64_t block_columns(int64_t rows, bool copied) {
+  if (copied) return rows <= 192 ? 192 : kColumns;
+  return rows <= 64 ? 48 : rows <= 256 ? 96 : rows <= 512 ? 192 : kColumns;
+}
+
+int64_t part_scratch(int64_t rows, int64_t n, int64_t k, bool copied) {
+  const int64_t columns = minimum(round_up(n, 16), block_columns(rows, copied));
+  return round_up(left_scratch(k, copied) + minimum(k, kDepth) * columns, 16);
+}
+
+int64_t gemm_scratch(const Gemm& gemm, int threads) {
+  const bool copied = is_copied(gemm.a);
+  int64_t most = part_scratch(gemm.m, gemm.n, gemm.k, copied);
+  if (!is_threaded(gemm, threads)) return most;
+  for (int count = 2; count <= threads; ++count) {
+    most = maximum(most, count * part_scratch(rows_each(gemm, count), gemm.n, gemm.k, copied));
+  }
+  return most;
+}
+
+void gemm_part(const Gemm& gemm, int64_t m0, int64_t m1, int64_t n0, int64_t n1, int64_t block,
+               float* scratch) {
   const int64_t panels = divide_up(m1 - m0, kTileRows);
   // Few rows: B is used so seldom that copying it does not pay, and the weights are streamed once.
   const bool direct = panels <= 2 && !gemm.b.transposed && gemm.b.patches == nullptr &&
                       gemm.b.group_offsets == nullptr && gemm.b.compact.data == nullptr;
-  float* packed = scratch + kMaxRows * (minimum(gemm.k, kDepth) + kPadding);
-  for (int64_t n = n0; n < n1; n += kColumns) {
-    const int64_t columns = minimum(kColumns, n1 - n);
+  const int64_t step = block / kTileColumns * kTileColumns;
+  float* packed = scratch + left_scratch(gemm.k, is_copied(gemm.a));
+  for (int64_t n = n0; n < n1; n += step) {
+    const int64_t columns = minimum(step, n1 - n);
     const bool reused = columns > 2 * kTileColumns;
     for (int64_t k = 0; k < gemm.k; k += kDepth) {
       const int64_t depth = minimum(kDepth, gemm.k - k);
-      Block block;
-      prepare_right(gemm, k, depth, n, columns, direct, packed, &block);
+      Block panel;
+      prepare_right(gemm, k, depth, n, columns, direct, packed, &panel);
       for (int64_t p = 0; p < panels; ++p) {
         const int64_t row = m0 + (m1 - m0) * p / panels;
         const int rows = static_cast<int>(m0 + (m1 - m0) * (p + 1) / panels - row);
-        const LeftPanel left = prepare_left(gemm.a, row, rows, k, depth, reused, scratch);
-        multiply_panel(gemm, left, block, row, rows, k, depth, n, columns);
+        const LeftPanel left = prepare_left(gemm, row, rows, k, depth, reused, scratch);
+        multiply_panel(gemm, left, panel, row, rows, k, depth, n, columns);
       }
     }
   }
 }
 
+void gemm_alone(const Gemm& gemm, float* scratch) {
+  gemm_part(gemm, 0, gemm.m, 0, gemm.n, block_columns(gemm.m, is_copied(gemm.a)), scratch);
+}
+
 void gemm_parallel(const Call& call, const Gemm& gemm, float* scratch) {
-  const int64_t each = gemm_scratch(gemm.n, gemm.k);
-  const int64_t work = gemm.m * gemm.n * gemm.k;
   const int threads = thread_count(call);
-  if (threads == 1 || work < 64 * 1024) {
-    gemm_part(gemm, 0, gemm.m, 0, gemm.n, scratch);
+  if (!is_threaded(gemm, threads)) {
+    gemm_alone(gemm, scratch);
     return;
   }
-  // Along the longer side, in whole tiles: the other operand is then packed by every thread, which costs the
-  // least where it is the small one.
-  if (gemm.m / kTileRows >= gemm.n / kTileColumns) {
+  const bool copied = is_copied(gemm.a);
+  const int64_t rows = rows_each(gemm, threads), block = block_columns(rows, copied);
+  const int64_t each = part_scratch(rows, gemm.n, gemm.k, copied);
+  if (splits_rows(gemm)) {
     parallel(call, gemm.m, kTileRows, [&](int64_t begin, int64_t end, int thread) {
-      gemm_part(gemm, begin, end, 0, gemm.n, scratch + thread * each);
+      gemm_part(gemm, begin, end, 0, gemm.n, block, scratch + thread * each);
     });
   } else {
     parallel(call, gemm.n, kTileColumns, [&](int64_t begin, int64_t end, int thread) {
-      gemm_part(gemm, 0, gemm.m, begin, end, scratch + thread * each);
+      gemm_part(gemm, 0, gemm.m, begin, end, block, scratch + thread * each);
     });
   }
 }

@@ -1,11 +1,16 @@
 // C[m, n] = sum over k of A[m, k] B[k, n], then bias and activation: the core of matmul, convolutions and
 // gradients.
 //
-// Blocking. A block of B of kDepth x kColumns is packed into panels as wide as the microkernel's tile; it
-// stays in the second-level cache while panels of up to kMaxRows rows of A pass over it, each of which stays
-// in the first level. A row-major A is read where it lies (a broadcast does not care for stride); only image
-// patches, and layouts that would fall on the same cache sets, are copied, kMaxRows rows at a time. So the
-// scratch memory is one block of B and one panel of A per thread, and no matrix is ever packed as a whole.
+// Blocking. A block of B of kDepth x block_columns is packed into panels as wide as the microkernel's tile;
+// it stays in the second-level cache while panels of up to kMaxRows rows of A pass over it, each of which
+// stays in the first level. A row-major A is read where it lies (a broadcast does not care for stride); only
+// image patches, and layouts that would fall on the same cache sets, are copied, kMaxRows rows at a time. So
+// the scratch memory is one block of B and, for such an A, one panel of it per thread, and no matrix is ever
+// packed as a whole.
+//
+// A block of columns costs one more pass over A, from the cache as long as kDepth columns of A fit there. So
+// a thread with few rows takes narrow blocks: that costs no time, and the scratch memory of a small product
+// stays small. Who does how much follows from shapes and thread count alone, so that the planner knows it.
 //
 // Bits. Per output element: k ascending in one chain of fma within each kDepth block, blocks added in order,
 // then bias. Neither tile shape nor thread count enters.
@@ -21,8 +26,9 @@ namespace pockc {
 namespace POCKC_SIMD_NAMESPACE {
 
 constexpr int64_t kDepth = 256;    // part of the result's definition: the same everywhere
-constexpr int64_t kColumns = 384;  // a multiple of every tile width; kDepth x kColumns floats are 384 KiB
-constexpr int kMaxRows = 16;       // no tile has more rows
+constexpr int64_t kColumns = 384;  // most columns of a block: kDepth x kColumns floats are 384 KiB
+constexpr int64_t kThreadedWork = 256 * 1024;  // multiply-adds; waking threads costs more than half of less
+constexpr int kMaxRows = 16;                   // no tile has more rows
 constexpr int64_t kPadding =
     16;  // floats after each copied row of A: against cache set conflicts, and for kOverrun
 
@@ -76,11 +82,22 @@ struct Gemm {
   bool accumulate = false;  // add to C
 };
 
-// Scratch floats that one thread needs (a multiple of 16). The same for every instruction set.
-int64_t gemm_scratch(int64_t n, int64_t k);
-// The part [m0, m1) x [n0, n1) of C, on this thread.
-void gemm_part(const Gemm& gemm, int64_t m0, int64_t m1, int64_t n0, int64_t n1, float* scratch);
-// All of C on the call's threads; `scratch` has gemm_scratch floats for each.
+// Whether panels of A are copied to scratch memory before they are used.
+bool is_copied(const LeftMatrix& a);
+// Columns of one block where a thread has that many rows.
+int64_t block_columns(int64_t rows, bool copied);
+// Scratch floats for one thread (a multiple of 16): never less for more rows, or for a copied A. This, and
+// what follows, is the same for every instruction set.
+int64_t part_scratch(int64_t rows, int64_t n, int64_t k, bool copied);
+// Scratch floats of gemm_parallel on that many threads: never less for more of them.
+int64_t gemm_scratch(const Gemm& gemm, int threads);
+
+// The part [m0, m1) x [n0, n1) of C in blocks of `block` columns, on this thread.
+void gemm_part(const Gemm& gemm, int64_t m0, int64_t m1, int64_t n0, int64_t n1, int64_t block,
+               float* scratch);
+// All of C on this thread; needs part_scratch of all rows.
+void gemm_alone(const Gemm& gemm, float* scratch);
+// All of C on the call's threads.
 void gemm_parallel(const Call& call, const Gemm& gemm, float* scratch);
 
 }  // namespace POCKC_SIMD_NAMESPACE

@@ -1,5 +1,5 @@
 // matmul: one GEMM per batch item; a rank-2 b with a higher-rank a is one GEMM over all rows. A rank-2 b may
-// be compact. Needs gemm_scratch floats of workspace per thread.
+// be compact. Workspace: gemm_scratch floats, or part_scratch for each thread that takes whole items.
 #include "simd/attributes.h"
 #include "simd/gemm.h"
 
@@ -72,12 +72,20 @@ Gemm batch_item(const Call& call, const Product& product, int64_t batch) {
   return g;
 }
 
+int64_t item_scratch(const Gemm& g) { return part_scratch(g.m, g.n, g.k, is_copied(g.a)); }
+
+int64_t scratch(const Product& product, int threads) {
+  const int64_t whole_items = minimum<int64_t>(threads, product.batch) * item_scratch(product.gemm);
+  if (product.batch > 1 && product.batch >= threads) return whole_items;
+  return maximum(whole_items, gemm_scratch(product.gemm, threads));
+}
+
 }  // namespace
 
 bool accepts_matmul(const Call& call) {
   const Product product = describe(call);
   if (!is_f32(call.inputs[0]) || elements(call.outputs[0]) == 0 || product.gemm.k == 0) return false;
-  return has_workspace(call, gemm_scratch(product.gemm.n, product.gemm.k));
+  return has_workspace(call, 0, scratch(product, thread_count(call)));
 }
 
 Status run_matmul(const Call& call) {
@@ -91,12 +99,10 @@ Status run_matmul(const Call& call) {
       gemm_parallel(call, batch_item(call, product, i), workspace(call));
     return PK_OK;
   }
-  const int64_t each = gemm_scratch(product.gemm.n, product.gemm.k);
+  const int64_t each = item_scratch(product.gemm);
   parallel(call, product.batch, 1, [&](int64_t begin, int64_t end, int thread) {
-    for (int64_t i = begin; i < end; ++i) {
-      gemm_part(batch_item(call, product, i), 0, product.gemm.m, 0, product.gemm.n,
-                workspace(call) + thread * each);
-    }
+    for (int64_t i = begin; i < end; ++i)
+      gemm_alone(batch_item(call, product, i), workspace(call) + thread * each);
   });
   return PK_OK;
 }
