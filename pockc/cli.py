@@ -44,9 +44,6 @@ def build(
     device: Device = devices.DEFAULT,
     selftest: Annotated[bool, typer.Option(help="Store inputs and outputs for `pock-run selftest`.")] = True,
     compare_full: Annotated[bool, typer.Option(help="Also plan full backpropagation, to compare memory.")] = True,
-    entries: Annotated[
-        str, typer.Option(help="What the program can do; train_step is needed.")
-    ] = "train_step,eval_step,infer",
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for model.pock and pock-run.")] = Path("out"),
 ) -> None:
     """Compile a model into a training program."""
