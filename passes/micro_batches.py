@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from pockc.ir import Builder, Graph, Node, Value
 from pockc.ops import OPS
@@ -29,6 +29,7 @@ class Network:
     readers: Mapping[Value, Sequence[Node]]
     results: AbstractSet[Value]
     sums: AbstractSet[Node] = frozenset()  # of the nodes: those whose partial results add up
+    onto: Mapping[Value, Value] = field(default_factory=dict)  # a sum -> the sum that it is a part of
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,10 +145,16 @@ class _Splitter:
         for node in self.cut.nodes:
             inputs = []
             for value, sliced in zip(node.inputs, self.network.roles[node], strict=True):
+                if value in self.network.onto:
+                    continue
                 if sliced and value not in rows:
                     rows[value] = self._slice(value, node, start, samples, remade)
                 inputs.append(rows[value] if sliced else self._made_of_states(value, remade))
             self.builder.origin = node.origin
+            total = self.filled.get(node.outputs[0])
+            if node.op == "embedding_grad" and total is not None:
+                self.filled[node.outputs[0]] = self.builder(node.op, *inputs, total, hint=total.name, **node.attrs)
+                continue
             attrs = rescaled(node, self.network.batch, start, samples)
             outputs = self.builder.multi(node.op, *inputs, hint=node.outputs[0].name, **attrs)
             if node in self.network.sums:
@@ -180,7 +187,7 @@ class _Splitter:
         return self.builder("slice", source, axis=0, start=first, stop=end, hint=value.name)
 
     def _add(self, node: Node, part: Value, samples: int) -> None:
-        value = node.outputs[0]
+        value = self.network.onto.get(node.outputs[0], node.outputs[0])
         if is_mean(node):
             part = self.builder("mul", part, self.builder.constant(samples / self.network.batch), hint=value.name)
         total = self.filled.get(value)

@@ -7,6 +7,7 @@ one piece does not need where it updates each parameter at once.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pockc.ir import Graph, Node, Value
@@ -29,7 +30,8 @@ class Analysis:
 
     def sum_bytes(self) -> int:
         """Bytes of the sums, which are alive through all micro-batches."""
-        return sum(value.type.nbytes for node in self.network.sums for value in node.outputs)
+        values = (value for node in self.network.sums for value in node.outputs)
+        return sum(value.type.nbytes for value in values if value not in self.network.onto)
 
 
 def analyse(graph: Graph, batch: int) -> Analysis:
@@ -39,12 +41,20 @@ def analyse(graph: Graph, batch: int) -> Analysis:
     summed: set[Value] = set()  # and what is computed from sums
     known: dict[Node, Roles] = {}
     sums: set[Node] = set()
+    onto: dict[Value, Value] = {}
+    readers = graph.consumers()
     obstacle: Node | None = None
     for node in graph.nodes:
         if independent.issuperset(node.inputs):
             independent.update(node.outputs)
             continue
         if batched.isdisjoint(node.inputs) and summed.union(independent).issuperset(node.inputs):
+            summed.update(node.outputs)
+            continue
+        if _is_added_to(node, sums, readers):
+            onto[node.inputs[2]] = node.outputs[0]
+            known[node] = (True, True, False)
+            sums.add(node)
             summed.update(node.outputs)
             continue
         found = roles(node, batched, batch)
@@ -58,7 +68,6 @@ def analyse(graph: Graph, batch: int) -> Analysis:
             obstacle = obstacle or node
             continue
         known[node] = found or added or ()
-    readers = graph.consumers()
     results = frozenset(graph.results())
     boundary = [
         value
@@ -70,5 +79,12 @@ def analyse(graph: Graph, batch: int) -> Analysis:
     if obstacle is None and any(value in batched for value in graph.updates.values()):
         makers = graph.producers()
         obstacle = next(makers[value] for value in graph.updates.values() if value in batched)
-    network = Network(graph, batch, known, readers, results, frozenset(sums))
+    network = Network(graph, batch, known, readers, results, frozenset(sums), onto)
     return Analysis(network, Cut(tuple(known), tuple(boundary)), obstacle)
+
+
+def _is_added_to(node: Node, sums: set[Node], readers: Mapping[Value, list[Node]]) -> bool:
+    """Whether this is the gradient of a table on top of another sum, as tied embeddings have it: both are one sum."""
+    if node.op != "embedding_grad" or len(node.inputs) < 3 or readers[node.inputs[2]] != [node]:
+        return False
+    return any(node.inputs[2] in other.outputs for other in sums)
