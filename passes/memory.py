@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +17,8 @@ from pockc.passes.lifetimes import Buffer, buffers, extents, updates_in_place
 from pockc.passes.lifetimes import aligned as aligned
 
 MOST_ROUNDS = 120  # attempts to repair one order
+MOST_SHAKEN = 80  # further orders that are tried where no plan is good
+SHAKE = 0.1
 MOST_VISITS = 4_000_000  # pairs of buffers that are alive together, over the attempts: large plans get fewer
 TOLERANCE = 1000  # part of the lower bound that is not worth more attempts
 
@@ -120,7 +123,20 @@ def _plan(intervals: tuple[Interval, ...], search: bool) -> tuple[tuple[int, ...
             if best.total <= good_enough:
                 return tuple(best.offsets), best.total
             best = min(best, attempt(order, best.total - 1), key=_Placed.quality)
+    generator = random.Random(0)
+    for trial in range(min(MOST_SHAKEN, placer.rounds)):
+        if best.total <= good_enough:
+            break
+        attempt = placer.repaired if trial % 4 == 0 else placer.place
+        best = min(best, attempt(_shaken(orders[trial % len(orders)], generator), best.total - 1), key=_Placed.quality)
     return tuple(best.offsets), best.total
+
+
+def _shaken(order: Sequence[int], generator: random.Random) -> list[int]:
+    """The order with its members moved by up to a few tenths of its length: what no rule of `_orders` finds."""
+    width = SHAKE * len(order)
+    rank = {member: place + generator.gauss(0, width) for place, member in enumerate(order)}
+    return sorted(order, key=rank.__getitem__)
 
 
 def _orders(intervals: Sequence[Interval]) -> tuple[list[int], ...]:
