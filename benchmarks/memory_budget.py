@@ -1,7 +1,8 @@
 """Builds under a memory budget: that they keep it on the runtime's own count, train alike, and what they cost in time.
 
 For each model a program without a budget is built first, then one within each share of that program's peak. Where the
-compiler says that a budget cannot be met, the least that it names has to be met instead.
+compiler says that a budget cannot be met, the least that it names has to be met instead; smaller shares are then not
+asked for again, since a refusal takes the builds of all that it advises.
 """
 
 import sys
@@ -125,6 +126,7 @@ class _Model:
         self.model, self.inputs = zoo.ZOO[name](**arguments)
         self.loss = loss_of(name)
         self.built: dict[int | None, Built] = {}
+        self.least: int | None = None  # what the first refusal named
         self.refused: set[int] = set()  # of what was named as the least
 
     def constrained(self) -> list[Constrained]:
@@ -139,13 +141,15 @@ class _Model:
     def _share(self, share: float, free: Built) -> Constrained:
         """Builds what the share needs; the figures follow."""
         budget = int(share * free.peak_bytes)
-        smallest = None
-        try:
-            self._build(budget)
-        except BudgetError as error:
-            smallest = error.smallest
-            self._build_least(smallest)
-        return Constrained(self.name, self.arguments, share, budget, smallest, free.peak_bytes)
+        known = self.least is not None and budget < self.least
+        if not known:
+            try:
+                self._build(budget)
+            except BudgetError as error:
+                self.least = error.smallest
+                self._build_least(error.smallest)
+                known = True
+        return Constrained(self.name, self.arguments, share, budget, self.least if known else None, free.peak_bytes)
 
     def _build_least(self, budget: int) -> None:
         if budget in self.built or budget in self.refused:

@@ -56,7 +56,9 @@ def test_every_share_is_built_or_the_least_that_the_error_names(
     assert met.smallest_bytes is None and met.limit_bytes == met.budget_bytes == met.unconstrained_bytes
     assert least.smallest_bytes == least.limit_bytes == least.peak_bytes
     assert least.budget_bytes == int(0.35 * least.unconstrained_bytes) < least.limit_bytes
-    assert compiler.budgets.count(least.smallest_bytes) == 1  # built once for all shares that name it
+    assert compiler.budgets.count(least.smallest_bytes) == 1  # built once for all shares that it stands for
+    refused = [budget for budget in compiler.budgets if budget and budget < least.smallest_bytes]
+    assert refused == [next(result.budget_bytes for result in found if result.smallest_bytes)]
     for result in found:
         assert result.runtime_bytes is not None and result.slowdown is not None
         assert result.runtime_bytes <= result.limit_bytes
