@@ -33,7 +33,7 @@ class Buffer:
 
 def optimizer_homes(node: Node) -> dict[int, int]:
     """Output index -> input index that it may overwrite, for the ops that update states."""
-    slots = {"sgd": 0, "momentum": 1, "lion": 1, "adam": 2}
+    slots = {"sgd": 0, "momentum": 1, "lion": 1, "adam": 2, "momentum8": 2, "lion8": 2, "adam8": 4}
     if node.op not in slots:
         return {}
     return {0: 0, **{i + 1: i + 2 for i in range(slots[node.op])}}

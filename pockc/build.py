@@ -17,7 +17,7 @@ from pockc.optim import AdamW, Optimizer
 from pockc.passes import memory
 from pockc.pipeline import ACCUMULATE, COMMON, EVAL, INFER, LOWER, TRAIN, Manager, Pass
 from pockc.program import Program, place_states
-from pockc.recipe import BatchNorm, Recipe
+from pockc.recipe import BatchNorm, Recipe, StateDtype
 from pockc.scheme import Channels, Scheme, detect_family, resolve
 from pockc.targets import devices
 from pockc.targets.native import NATIVE, workspace_of
@@ -33,6 +33,7 @@ def build(
     device: str = "x86-64",
     *,
     accumulation: int = 1,
+    state_dtype: StateDtype = "f32",
     loss_options: Mapping[str, float] | None = None,
     seed: int = 0,
     disabled: frozenset[str] = frozenset(),
@@ -50,6 +51,7 @@ def build(
         batchnorm: ``fold`` and ``freeze`` keep the statistics, ``fold`` also gamma; ``train`` updates them.
         device: a name of `pockc devices`.
         accumulation: micro-steps whose mean gradient makes one optimizer step.
+        state_dtype: how optimizer slots are stored: ``f32``, or ``int8``, a byte each and a scale for every 256.
         loss_options: ``label_smoothing``, ``ignore_index`` (cross entropy), ``delta`` (huber).
         seed: of dropout and of random channel selections in presets.
         disabled: names of optional passes to switch off.
@@ -65,6 +67,7 @@ def build(
 
     optimizer = optimizer or AdamW()
     _check_options(loss, batchnorm, accumulation)
+    _check_state_dtype(state_dtype, optimizer)
     started = time.perf_counter()
     target = devices.find(device)
     imported = trace(model, example_inputs, loss=loss, batchnorm=batchnorm)
@@ -92,6 +95,7 @@ def build(
         loss_options=dict(loss_options or {}),
         batchnorm=batchnorm,
         accumulation=accumulation,
+        state_dtype=state_dtype,
         threads=target.threads,
         workspace=workspace_of(target.threads),
         updated_buffers=frozenset(state.name for state in imported.graph.updates),
@@ -107,6 +111,7 @@ def build(
         "loss": loss if isinstance(loss, str) else ("callable" if loss else "model"),
         "classifies": isinstance(loss, str) and LOSSES[loss].classifies,
         "optimizer": _describe(optimizer),
+        "state_dtype": state_dtype,
         "batchnorm": batchnorm,
         "device": target.name,
         "aliases": dict(imported.aliases),
@@ -160,6 +165,18 @@ def _check_options(loss: object, batchnorm: str, accumulation: int) -> None:
         raise UserError(f"accumulation is {accumulation}; it counts micro-steps and is at least 1")
     if not (loss is None or isinstance(loss, str) or callable(loss)):
         raise UserError(f"loss is {loss!r}", supported="a name, a callable loss(output, labels), or None")
+
+
+def _check_state_dtype(state_dtype: str, optimizer: Optimizer) -> None:
+    if state_dtype not in get_args(StateDtype):
+        raise UserError(f"state_dtype is {state_dtype!r}", supported=", ".join(get_args(StateDtype)))
+    if state_dtype == "int8" and not optimizer.slots:
+        name = type(optimizer).__name__
+        raise UserError(
+            f"state_dtype is 'int8', but {name} without momentum keeps no state",
+            supported="SGD with momentum, Adam, AdamW, Lion",
+            instead="Leave state_dtype out.",
+        )
 
 
 def _batchnorm_scales(modules: Mapping[str, str]) -> frozenset[str]:

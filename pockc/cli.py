@@ -35,6 +35,7 @@ BatchNormPolicy = Annotated[str, typer.Option("--batchnorm", help="fold, freeze 
 ClipNorm = Annotated[float | None, typer.Option(help="Clip gradients by this global norm.")]
 Accumulate = Annotated[int, typer.Option(min=1, help="Micro-steps whose mean gradient makes one optimizer step.")]
 WeightDecay = Annotated[float | None, typer.Option(help="Default: the optimizer's.")]
+StateDtype = Annotated[str, typer.Option(help="f32, or int8: a byte per element of momenta and second moments.")]
 Momentum = Annotated[float | None, typer.Option(help="Of sgd.")]
 ScheduleKind = Annotated[str, typer.Option("--schedule", help="constant, linear, cosine or step.")]
 Warmup = Annotated[int, typer.Option(min=0, help="Steps over which the learning rate grows to its base.")]
@@ -66,6 +67,7 @@ def build(
     accumulate: Accumulate = 1,
     weight_decay: WeightDecay = None,
     momentum: Momentum = None,
+    state_dtype: StateDtype = "f32",
     schedule: ScheduleKind = "constant",
     warmup: Warmup = 0,
     total_steps: TotalSteps = 0,
@@ -87,7 +89,14 @@ def build(
         model, scheme, batchnorm, loss, optimizer, learning_rate, batch_size, clip_norm, weight_decay, momentum,
         (schedule, warmup, total_steps, step_size), label_smoothing,
     )  # fmt: skip
-    program = build_program(**options, device=device, accumulation=accumulate, seed=seed, compare_full=compare_full)
+    program = build_program(
+        **options,
+        device=device,
+        accumulation=accumulate,
+        state_dtype=state_dtype,  # type: ignore[arg-type] # checked by build
+        seed=seed,
+        compare_full=compare_full,
+    )
     file = output / "model.pock"
     program.save(file, golden=named_arrays(options["model"], options["example_inputs"]) if selftest else None)
     console = Console()

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from pockc.optim import Optimizer
     from pockc.scheme import Channels
 
+StateDtype = Literal["f32", "int8"]
 BatchNorm = Literal["fold", "freeze", "train"]
 
 
@@ -25,8 +26,9 @@ class Recipe:
 
     ``trained`` maps the name of each updated parameter to its channel selection, None for the whole tensor.
     ``loss`` is the name of a built-in loss, or None where the graph already has an output called ``loss``.
-    ``accumulation`` is the number of micro-steps per optimizer step; ``threads`` sizes the kernels' workspaces,
-    and ``workspace`` is the target's count of their bytes for a node: passes that weigh memory ask it.
+    ``accumulation`` is the number of micro-steps per optimizer step; ``state_dtype`` is how optimizer slots are stored;
+    ``threads`` sizes the kernels' workspaces, and ``workspace`` is the target's count of their bytes for a node: passes
+    that weigh memory ask it.
     ``sufficient`` is what another entry of the program takes of the arena anyway: below it no byte is worth a search.
     """
 
@@ -36,6 +38,7 @@ class Recipe:
     loss_options: Mapping[str, float] = field(default_factory=dict)
     batchnorm: BatchNorm = "fold"
     accumulation: int = 1
+    state_dtype: StateDtype = "f32"
     threads: int = 1
     workspace: Callable[[Node], int] = no_workspace
     sufficient: int = 0

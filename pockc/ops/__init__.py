@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 FAMILIES = (
     "elementwise", "activation", "masks", "reduce", "shape", "linear", "conv", "pool", "norm", "softmax",
-    "attention", "embedding", "dropout", "loss", "optimizer",
+    "attention", "embedding", "dropout", "loss", "optimizer", "optimizer8",
 )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from pockc.ops.common import f32, require, require_axis, require_dtype, require_
 STEP = TensorType((), "i64")
 
 
-def _require_update(p: TensorType, slices: Mapping[str, TensorType], indices: TensorType | None, axis: int) -> None:
+def require_update(p: TensorType, slices: Mapping[str, TensorType], indices: TensorType | None, axis: int) -> None:
     """The gradient and the slots match the parameter, or the updated part of it."""
     require_dtype("p", p, "f32")
     expected = p
@@ -32,11 +32,12 @@ def _require_update(p: TensorType, slices: Mapping[str, TensorType], indices: Te
         require_type(name, slot, expected)
 
 
-def _part(p: Array, indices: Array | None, axis: int) -> Array:
+def updated_part(p: Array, indices: Array | None, axis: int) -> Array:
+    """The elements of ``p`` that are updated."""
     return p if indices is None else np.take(p, indices, axis)
 
 
-def _written(p: Array, part: Array, indices: Array | None, axis: int) -> Array:
+def with_part(p: Array, part: Array, indices: Array | None, axis: int) -> Array:
     """A copy of ``p`` with the updated part in its place."""
     if indices is None:
         return np.asarray(part, dtype=p.dtype)
@@ -57,7 +58,7 @@ def _sgd_rule(
     weight_decay: float = 0.0,
     axis: int = 0,
 ) -> TensorType:
-    _require_update(p, {"g": g}, indices, axis)
+    require_update(p, {"g": g}, indices, axis)
     require_type("lr", lr, f32())
     return p
 
@@ -65,8 +66,8 @@ def _sgd_rule(
 def _sgd(
     p: Array, g: Array, lr: Array, indices: Array | None = None, *, weight_decay: float = 0.0, axis: int = 0
 ) -> Array:
-    part = _part(p, indices, axis)
-    return _written(p, part - lr * (g + weight_decay * part), indices, axis)
+    part = updated_part(p, indices, axis)
+    return with_part(p, part - lr * (g + weight_decay * part), indices, axis)
 
 
 RATE = np.float32(0.05)
@@ -152,7 +153,7 @@ def _momentum_rule(
     weight_decay: float = 0.0,
     axis: int = 0,
 ) -> tuple[TensorType, TensorType]:
-    _require_update(p, {"g": g, "m": m}, indices, axis)
+    require_update(p, {"g": g, "m": m}, indices, axis)
     require_type("lr", lr, f32())
     require_type("step", step, STEP)
     require(not nesterov or (momentum > 0 and dampening == 0), "nesterov needs momentum above 0 and no dampening")
@@ -173,11 +174,11 @@ def _momentum(
     weight_decay: float = 0.0,
     axis: int = 0,
 ) -> tuple[Array, Array]:
-    part = _part(p, indices, axis)
+    part = updated_part(p, indices, axis)
     g = g + weight_decay * part
     m = np.asarray(g if step == 1 else momentum * m + (1 - dampening) * g)
     direction = g + momentum * m if nesterov else m
-    return _written(p, part - lr * direction, indices, axis), m
+    return with_part(p, part - lr * direction, indices, axis), m
 
 
 _MOMENTUM_ATTRS = (
@@ -222,7 +223,7 @@ def _adam_rule(
     decoupled: bool = True,
     axis: int = 0,
 ) -> tuple[TensorType, TensorType, TensorType]:
-    _require_update(p, {"g": g, "m": m, "v": v}, indices, axis)
+    require_update(p, {"g": g, "m": m, "v": v}, indices, axis)
     require_type("lr", lr, f32())
     require_type("step", step, STEP)
     require(0 <= beta1 < 1 and 0 <= beta2 < 1, f"the betas must lie in [0, 1), not {beta1} and {beta2}")
@@ -245,7 +246,7 @@ def _adam(
     decoupled: bool = True,
     axis: int = 0,
 ) -> tuple[Array, Array, Array]:
-    part = _part(p, indices, axis)
+    part = updated_part(p, indices, axis)
     rate = float(lr)
     if decoupled:
         part = part * (1 - rate * weight_decay)
@@ -256,7 +257,7 @@ def _adam(
     count = int(step)
     step_size = rate / (1 - beta1**count)
     denominator = np.sqrt(v) / math.sqrt(1 - beta2**count) + epsilon
-    return _written(p, part - step_size * (m / denominator), indices, axis), m, v
+    return with_part(p, part - step_size * (m / denominator), indices, axis), m, v
 
 
 _ADAM = {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8}
@@ -304,7 +305,7 @@ def _lion_rule(
     weight_decay: float = 0.0,
     axis: int = 0,
 ) -> tuple[TensorType, TensorType]:
-    _require_update(p, {"g": g, "m": m}, indices, axis)
+    require_update(p, {"g": g, "m": m}, indices, axis)
     require_type("lr", lr, f32())
     require(0 <= beta1 < 1 and 0 <= beta2 < 1, f"the betas must lie in [0, 1), not {beta1} and {beta2}")
     return p, m
@@ -323,10 +324,10 @@ def _lion(
     axis: int = 0,
 ) -> tuple[Array, Array]:
     rate = float(lr)
-    part = _part(p, indices, axis) * (1 - rate * weight_decay)
+    part = updated_part(p, indices, axis) * (1 - rate * weight_decay)
     direction = np.sign(beta1 * m + (1 - beta1) * g)
     m = np.asarray(beta2 * m + (1 - beta2) * g)
-    return _written(p, part - rate * direction, indices, axis), m
+    return with_part(p, part - rate * direction, indices, axis), m
 
 
 def _torch_lion(attrs: Mapping[str, Any]) -> Any:

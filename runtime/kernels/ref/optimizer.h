@@ -11,6 +11,18 @@
 
 namespace pockc::ref {
 
+// Scalars (lr f32, step i64) and the optional indices from operand `first` on: the last of what a call has.
+inline bool fits_rest(const Call& call, int first, int scalars, int axis) {
+  const Tensor& p = call.inputs[0];
+  const Tensor& g = call.inputs[1];
+  if (!is_scalar(call.inputs[first], DType::kF32)) return false;
+  if (scalars == 2 && !is_scalar(call.inputs[first + 1], DType::kI64)) return false;
+  if (call.input_count == first + scalars) return same_shape(p, g);
+  const Tensor& indices = call.inputs[first + scalars];
+  return axis < p.rank && indices.dtype == DType::kI32 && indices.rank == 1 &&
+         same_shape_except(p, g, axis) && g.dims[axis] == indices.dims[0];
+}
+
 // `state` operands (p, g, slots), then `scalars` (lr f32, step i64), then the optional indices. `axis` is
 // what the call's attributes say.
 inline bool fits_update(const Call& call, int state, int scalars, int axis) {
@@ -21,12 +33,7 @@ inline bool fits_update(const Call& call, int state, int scalars, int axis) {
     if (!is_f32(call.inputs[i]) || !same_shape(call.inputs[i], g)) return false;
     if (i > 1 && !same_type(call.inputs[i], call.outputs[i - 1])) return false;
   }
-  if (!is_scalar(call.inputs[state], DType::kF32)) return false;
-  if (scalars == 2 && !is_scalar(call.inputs[state + 1], DType::kI64)) return false;
-  if (call.input_count == state + scalars) return same_shape(p, g);
-  const Tensor& indices = call.inputs[state + scalars];
-  return axis < p.rank && indices.dtype == DType::kI32 && indices.rank == 1 &&
-         same_shape_except(p, g, axis) && g.dims[axis] == indices.dims[0];
+  return fits_rest(call, state, scalars, axis);
 }
 
 // Calls update(position in p, position in g and slots) for every updated element.

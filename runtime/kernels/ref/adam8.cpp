@@ -1,0 +1,74 @@
+// adam8(p, g, m, m_scale, v, v_scale, lr, step, [indices]; beta1, beta2, epsilon, weight_decay, decoupled,
+// axis)
+//   -> (p', m', m_scale', v', v_scale'): adam with slots of one byte per element (optimizer8.h). The
+//   parameter
+// moves by the new moments before they are rounded.
+#include <cmath>
+
+#include "optimizer8.h"
+
+namespace pockc::ref {
+namespace {
+
+struct Adam {
+  double beta1, beta2, epsilon, weight_decay;
+  bool decoupled;
+  int axis;
+};
+
+Adam read(Attributes& attributes) {
+  Adam adam;
+  adam.beta1 = attributes.number();
+  adam.beta2 = attributes.number();
+  adam.epsilon = attributes.number();
+  adam.weight_decay = attributes.number();
+  adam.decoupled = attributes.boolean();
+  adam.axis = update_axis(attributes);
+  return adam;
+}
+
+// torch.lerp's two branches: the one that is exact at the nearer end.
+float interpolate(float start, float end, float weight) {
+  if (std::fabs(weight) < 0.5f) return start + weight * (end - start);
+  return end - (end - start) * (1.0f - weight);
+}
+
+}  // namespace
+
+Status check_adam8(const Call& call) {
+  if (!has_operands(call, 8, 9, 5)) return PK_BAD_FILE;
+  Attributes attributes(call);
+  const Adam adam = read(attributes);
+  return verdict(attributes.valid() && fits_update8(call, 2, 2, adam.axis));
+}
+
+Status run_adam8(const Call& call) {
+  Attributes attributes(call);
+  const Adam adam = read(attributes);
+  const double rate = *call.inputs[6].as<float>();
+  const double step = static_cast<double>(*call.inputs[7].as<int64_t>());
+  const float shrink = static_cast<float>(1.0 - rate * adam.weight_decay);
+  const float decay = static_cast<float>(adam.weight_decay);
+  const float take1 = static_cast<float>(1.0 - adam.beta1);
+  const float beta2 = static_cast<float>(adam.beta2), take2 = static_cast<float>(1.0 - adam.beta2);
+  const float step_size = static_cast<float>(rate / (1.0 - std::pow(adam.beta1, step)));
+  const float correction = static_cast<float>(std::sqrt(1.0 - std::pow(adam.beta2, step)));
+  const float epsilon = static_cast<float>(adam.epsilon);
+  const bool decays = adam.weight_decay != 0.0, decoupled = adam.decoupled;
+  const float* g = call.inputs[1].as<float>();
+  float* p = call.outputs[0].as<float>();
+  Slot<SignedLaw> m(call, 0);
+  Slot<RootLaw> v(call, 1);
+  return for_each_updated(call, 8, adam.axis, [=, &m, &v](int64_t at, int64_t from) {
+    float gradient = g[from];
+    if (decays && decoupled) p[at] *= shrink;
+    if (decays && !decoupled) gradient += decay * p[at];
+    const float mean = interpolate(m.at(from), gradient, take1);
+    const float square = beta2 * v.at(from) + take2 * gradient * gradient;
+    m.set(from, mean);
+    v.set(from, square);
+    p[at] -= step_size * mean / (std::sqrt(square) / correction + epsilon);
+  });
+}
+
+}  // namespace pockc::ref

@@ -1,0 +1,53 @@
+// lion8(p, g, m, m_scale, lr, [indices]; beta1, beta2, weight_decay, axis) -> (p', m', m_scale'): lion with a
+// slot of one byte per element (optimizer8.h). p = (1 - lr * weight_decay) * p - lr * sign(beta1 * m + (1 -
+// beta1) * g);  m = beta2 * m + (1 - beta2) * g
+#include "optimizer8.h"
+
+namespace pockc::ref {
+namespace {
+
+struct Lion {
+  double beta1, beta2, weight_decay;
+  int axis;
+};
+
+Lion read(Attributes& attributes) {
+  Lion lion;
+  lion.beta1 = attributes.number();
+  lion.beta2 = attributes.number();
+  lion.weight_decay = attributes.number();
+  lion.axis = update_axis(attributes);
+  return lion;
+}
+
+}  // namespace
+
+Status check_lion8(const Call& call) {
+  if (!has_operands(call, 5, 6, 3)) return PK_BAD_FILE;
+  Attributes attributes(call);
+  const Lion lion = read(attributes);
+  return verdict(attributes.valid() && fits_update8(call, 1, 1, lion.axis));
+}
+
+Status run_lion8(const Call& call) {
+  Attributes attributes(call);
+  const Lion lion = read(attributes);
+  const float rate = *call.inputs[4].as<float>();
+  const float shrink = static_cast<float>(1.0 - rate * lion.weight_decay);
+  const float keep1 = static_cast<float>(lion.beta1), take1 = static_cast<float>(1.0 - lion.beta1);
+  const float keep2 = static_cast<float>(lion.beta2), take2 = static_cast<float>(1.0 - lion.beta2);
+  const float* g = call.inputs[1].as<float>();
+  float* p = call.outputs[0].as<float>();
+  Slot<SignedLaw> m(call, 0);
+  return for_each_updated(call, 5, lion.axis, [=, &m](int64_t at, int64_t from) {
+    const float old = m.at(from);
+    const float direction = keep1 * old + take1 * g[from];
+    // NaN has no sign: it goes through, so that it is seen.
+    const float sign =
+        direction != direction ? direction : static_cast<float>((direction > 0.0f) - (direction < 0.0f));
+    p[at] = p[at] * shrink - rate * sign;
+    m.set(from, keep2 * old + take2 * g[from]);
+  });
+}
+
+}  // namespace pockc::ref

@@ -1,0 +1,55 @@
+// momentum8(p, g, m, m_scale, lr, step, [indices]; momentum, dampening, nesterov, weight_decay, axis)
+//   -> (p', m', m_scale'): momentum with a slot of one byte per element (optimizer8.h). The parameter moves
+//   by
+// the new momentum before it is rounded.
+// torch.optim.SGD: g += weight_decay * p; m = g at step 1, else momentum * m + (1 - dampening) * g;
+// p -= lr * m, or with nesterov p -= lr * (g + momentum * m).
+#include "optimizer8.h"
+
+namespace pockc::ref {
+namespace {
+
+struct Momentum {
+  float momentum, keep;  // keep = 1 - dampening
+  bool nesterov;
+  float weight_decay;
+  int axis;
+};
+
+Momentum read(Attributes& attributes) {
+  Momentum result;
+  result.momentum = attributes.number_f32();
+  result.keep = static_cast<float>(1.0 - attributes.number());
+  result.nesterov = attributes.boolean();
+  result.weight_decay = attributes.number_f32();
+  result.axis = update_axis(attributes);
+  return result;
+}
+
+}  // namespace
+
+Status check_momentum8(const Call& call) {
+  if (!has_operands(call, 6, 7, 3)) return PK_BAD_FILE;
+  Attributes attributes(call);
+  const Momentum settings = read(attributes);
+  return verdict(attributes.valid() && fits_update8(call, 1, 2, settings.axis));
+}
+
+Status run_momentum8(const Call& call) {
+  Attributes attributes(call);
+  const Momentum settings = read(attributes);
+  const float* g = call.inputs[1].as<float>();
+  const float rate = *call.inputs[4].as<float>();
+  const bool first = *call.inputs[5].as<int64_t>() <= 1;
+  float* p = call.outputs[0].as<float>();
+  Slot<SignedLaw> m(call, 0);
+  return for_each_updated(call, 6, settings.axis, [=, &m](int64_t at, int64_t from) {
+    float gradient = g[from];
+    if (settings.weight_decay != 0.0f) gradient += settings.weight_decay * p[at];
+    const float moved = first ? gradient : settings.momentum * m.at(from) + settings.keep * gradient;
+    m.set(from, moved);
+    p[at] -= rate * (settings.nesterov ? gradient + settings.momentum * moved : moved);
+  });
+}
+
+}  // namespace pockc::ref
