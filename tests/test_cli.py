@@ -147,6 +147,15 @@ def test_options_reach_the_optimizer(shell: Shell) -> None:
     assert "label_smoothing=0.1" in text
 
 
+def test_state_dtype_reaches_the_program(shell: Shell) -> None:
+    code, _, err = shell("build", "model.py:make", "--optimizer", "lion", "--state-dtype", "int8")
+
+    assert (code, err) == (0, "")
+    with Session(shell.folder / "out" / "model.pock") as session:
+        assert session.metadata["state_dtype"] == "int8"
+        assert session.state("fc.weight.lion_m").dtype == np.uint8
+
+
 def test_inspect_shows_memory_peak_and_calls(shell: Shell) -> None:
     shell("build", "model.py:make")
     code, out, err = shell("inspect", "out/model.pock")

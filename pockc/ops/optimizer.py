@@ -32,12 +32,11 @@ def require_update(p: TensorType, slices: Mapping[str, TensorType], indices: Ten
         require_type(name, slot, expected)
 
 
-def updated_part(p: Array, indices: Array | None, axis: int) -> Array:
-    """The elements of ``p`` that are updated."""
+def _part(p: Array, indices: Array | None, axis: int) -> Array:
     return p if indices is None else np.take(p, indices, axis)
 
 
-def with_part(p: Array, part: Array, indices: Array | None, axis: int) -> Array:
+def _written(p: Array, part: Array, indices: Array | None, axis: int) -> Array:
     """A copy of ``p`` with the updated part in its place."""
     if indices is None:
         return np.asarray(part, dtype=p.dtype)
@@ -66,8 +65,8 @@ def _sgd_rule(
 def _sgd(
     p: Array, g: Array, lr: Array, indices: Array | None = None, *, weight_decay: float = 0.0, axis: int = 0
 ) -> Array:
-    part = updated_part(p, indices, axis)
-    return with_part(p, part - lr * (g + weight_decay * part), indices, axis)
+    part = _part(p, indices, axis)
+    return _written(p, part - lr * (g + weight_decay * part), indices, axis)
 
 
 RATE = np.float32(0.05)
@@ -160,7 +159,7 @@ def _momentum_rule(
     return p, m
 
 
-def _momentum(
+def momentum_step(
     p: Array,
     g: Array,
     m: Array,
@@ -174,11 +173,12 @@ def _momentum(
     weight_decay: float = 0.0,
     axis: int = 0,
 ) -> tuple[Array, Array]:
-    part = updated_part(p, indices, axis)
+    """The reference of `momentum`."""
+    part = _part(p, indices, axis)
     g = g + weight_decay * part
     m = np.asarray(g if step == 1 else momentum * m + (1 - dampening) * g)
     direction = g + momentum * m if nesterov else m
-    return with_part(p, part - lr * direction, indices, axis), m
+    return _written(p, part - lr * direction, indices, axis), m
 
 
 _MOMENTUM_ATTRS = (
@@ -195,7 +195,7 @@ def _torch_momentum(attrs: Mapping[str, Any]) -> Callable[..., Any]:
 define(
     "momentum",
     type_rule=_momentum_rule,
-    reference=_momentum,
+    reference=momentum_step,
     samples=[
         *_samples(1, (RATE, np.int64(1)), _MOMENTUM_ATTRS, _torch_momentum),
         *_samples(1, (RATE, np.int64(3)), _MOMENTUM_ATTRS, _torch_momentum),
@@ -230,7 +230,7 @@ def _adam_rule(
     return p, m, v
 
 
-def _adam(
+def adam_step(
     p: Array,
     g: Array,
     m: Array,
@@ -246,7 +246,8 @@ def _adam(
     decoupled: bool = True,
     axis: int = 0,
 ) -> tuple[Array, Array, Array]:
-    part = updated_part(p, indices, axis)
+    """The reference of `adam`."""
+    part = _part(p, indices, axis)
     rate = float(lr)
     if decoupled:
         part = part * (1 - rate * weight_decay)
@@ -257,7 +258,7 @@ def _adam(
     count = int(step)
     step_size = rate / (1 - beta1**count)
     denominator = np.sqrt(v) / math.sqrt(1 - beta2**count) + epsilon
-    return with_part(p, part - step_size * (m / denominator), indices, axis), m, v
+    return _written(p, part - step_size * (m / denominator), indices, axis), m, v
 
 
 _ADAM = {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8}
@@ -281,7 +282,7 @@ def _torch_adam(attrs: Mapping[str, Any]) -> Any:
 define(
     "adam",
     type_rule=_adam_rule,
-    reference=_adam,
+    reference=adam_step,
     samples=[
         *_samples(2, (RATE, np.int64(1)), _ADAM_ATTRS, _torch_adam),
         *_samples(2, (RATE, np.int64(7)), _ADAM_ATTRS, _torch_adam),
@@ -311,7 +312,7 @@ def _lion_rule(
     return p, m
 
 
-def _lion(
+def lion_step(
     p: Array,
     g: Array,
     m: Array,
@@ -323,11 +324,12 @@ def _lion(
     weight_decay: float = 0.0,
     axis: int = 0,
 ) -> tuple[Array, Array]:
+    """The reference of `lion`."""
     rate = float(lr)
-    part = updated_part(p, indices, axis) * (1 - rate * weight_decay)
+    part = _part(p, indices, axis) * (1 - rate * weight_decay)
     direction = np.sign(beta1 * m + (1 - beta1) * g)
     m = np.asarray(beta2 * m + (1 - beta2) * g)
-    return with_part(p, part - rate * direction, indices, axis), m
+    return _written(p, part - rate * direction, indices, axis), m
 
 
 def _torch_lion(attrs: Mapping[str, Any]) -> Any:
@@ -342,7 +344,7 @@ def _torch_lion(attrs: Mapping[str, Any]) -> Any:
 define(
     "lion",
     type_rule=_lion_rule,
-    reference=_lion,
+    reference=lion_step,
     samples=_samples(
         1,
         (RATE,),

@@ -20,7 +20,6 @@ small steps. The parameter itself moves by the new moments before they are round
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from math import prod
 from typing import Any
@@ -30,7 +29,7 @@ import numpy as np
 from pockc.ir import Array, TensorType
 from pockc.ops import Sample, define
 from pockc.ops.common import f32, require, require_type
-from pockc.ops.optimizer import RATE, STEP, require_update, updated_part, with_part
+from pockc.ops.optimizer import RATE, STEP, adam_step, lion_step, momentum_step, require_update
 
 BLOCK = 256
 
@@ -143,26 +142,9 @@ def _momentum8_rule(
     return p, m, m_scale
 
 
-def _momentum8(
-    p: Array,
-    g: Array,
-    m: Array,
-    m_scale: Array,
-    lr: Array,
-    step: Array,
-    indices: Array | None = None,
-    *,
-    momentum: float,
-    dampening: float = 0.0,
-    nesterov: bool = False,
-    weight_decay: float = 0.0,
-    axis: int = 0,
-) -> tuple[Array, ...]:
-    part = updated_part(p, indices, axis)
-    g = g + weight_decay * part
-    moved = np.asarray(g if step == 1 else momentum * decode_momentum(m, m_scale) + (1 - dampening) * g)
-    direction = g + momentum * moved if nesterov else moved
-    return with_part(p, part - lr * direction, indices, axis), *encode_momentum(moved)
+def _momentum8(p: Array, g: Array, m: Array, m_scale: Array, *rest: Array, **attrs: Any) -> tuple[Array, ...]:
+    p, moved = momentum_step(p, g, decode_momentum(m, m_scale), *rest, **attrs)
+    return p, *encode_momentum(moved)
 
 
 _MOMENTUM_ATTRS: tuple[Mapping[str, Any], ...] = (
@@ -208,37 +190,10 @@ def _adam8_rule(
 
 
 def _adam8(
-    p: Array,
-    g: Array,
-    m: Array,
-    m_scale: Array,
-    v: Array,
-    v_scale: Array,
-    lr: Array,
-    step: Array,
-    indices: Array | None = None,
-    *,
-    beta1: float,
-    beta2: float,
-    epsilon: float,
-    weight_decay: float = 0.0,
-    decoupled: bool = True,
-    axis: int = 0,
+    p: Array, g: Array, m: Array, m_scale: Array, v: Array, v_scale: Array, *rest: Array, **attrs: Any
 ) -> tuple[Array, ...]:
-    part = updated_part(p, indices, axis)
-    rate = float(lr)
-    if decoupled:
-        part = part * (1 - rate * weight_decay)
-    else:
-        g = g + weight_decay * part
-    old = decode_momentum(m, m_scale)
-    mean = np.asarray(old + (1 - beta1) * (g - old))
-    square = np.asarray(beta2 * decode_square(v, v_scale) + (1 - beta2) * g * g)
-    count = int(step)
-    step_size = rate / (1 - beta1**count)
-    denominator = np.sqrt(square) / math.sqrt(1 - beta2**count) + epsilon
-    moved = with_part(p, part - step_size * (mean / denominator), indices, axis)
-    return moved, *encode_momentum(mean), *encode_square(square)
+    p, mean, square = adam_step(p, g, decode_momentum(m, m_scale), decode_square(v, v_scale), *rest, **attrs)
+    return p, *encode_momentum(mean), *encode_square(square)
 
 
 _ADAM_ATTRS: tuple[Mapping[str, Any], ...] = (
@@ -277,25 +232,9 @@ def _lion8_rule(
     return p, m, m_scale
 
 
-def _lion8(
-    p: Array,
-    g: Array,
-    m: Array,
-    m_scale: Array,
-    lr: Array,
-    indices: Array | None = None,
-    *,
-    beta1: float,
-    beta2: float,
-    weight_decay: float = 0.0,
-    axis: int = 0,
-) -> tuple[Array, ...]:
-    rate = float(lr)
-    part = updated_part(p, indices, axis) * (1 - rate * weight_decay)
-    old = decode_momentum(m, m_scale)
-    direction = np.sign(beta1 * old + (1 - beta1) * g)
-    moved = np.asarray(beta2 * old + (1 - beta2) * g)
-    return with_part(p, part - rate * direction, indices, axis), *encode_momentum(moved)
+def _lion8(p: Array, g: Array, m: Array, m_scale: Array, *rest: Array, **attrs: Any) -> tuple[Array, ...]:
+    p, moved = lion_step(p, g, decode_momentum(m, m_scale), *rest, **attrs)
+    return p, *encode_momentum(moved)
 
 
 define(

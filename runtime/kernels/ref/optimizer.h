@@ -36,6 +36,19 @@ inline bool fits_update(const Call& call, int state, int scalars, int axis) {
   return fits_rest(call, state, scalars, axis);
 }
 
+// A slot of floats, element by element.
+class FloatSlot {
+ public:
+  FloatSlot(const Call& call, int index)
+      : values_(call.inputs[2 + index].as<float>()), new_values_(call.outputs[1 + index].as<float>()) {}
+  float at(int64_t i) const { return values_[i]; }
+  void set(int64_t i, float value) { new_values_[i] = value; }
+
+ private:
+  const float* values_;
+  float* new_values_;
+};
+
 // Calls update(position in p, position in g and slots) for every updated element.
 template <typename Update>
 Status for_each_updated(const Call& call, int operands, int axis, Update&& update) {

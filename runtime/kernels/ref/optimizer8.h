@@ -56,11 +56,12 @@ struct RootLaw {
   }
 };
 
-// One slot of a call, walked element by element in the order of storage: `at` before `set` of each.
+// One slot of a call, like FloatSlot, walked element by element in the order of storage: `at` before `set` of
+// each.
 template <typename Law>
-class Slot {
+class CodedSlot {
  public:
-  Slot(const Call& call, int index)
+  CodedSlot(const Call& call, int index)
       : codes_(call.inputs[2 + 2 * index].as<uint8_t>()),
         scale_(call.inputs[3 + 2 * index].as<float>()),
         new_codes_(call.outputs[1 + 2 * index].as<uint8_t>()),
