@@ -7,7 +7,9 @@ pockc: `arena_bytes` of the plan, minus the bytes of the trained parameters, whi
 are mapped from the file; constants that the build made of them (folded batch norms) count as parameters up to the bytes
 that the model has as frozen parameters and buffers, and what goes beyond is added to pockc's figure. The arena holds
 all entries of the program, evaluation and inference at the same batch size included, has workspace for the threads of
-the device (4), and a copy of the batch. One step is run, and what the runtime says that it allocated has to be the
+the device (4), and a copy of the batch. Only the programs of the two Llama cases have no entry for inference, the
+output of which is 66 MB of logits: PyTorch's process does training steps alone. They have evaluation, which counts
+correct predictions instead of giving logits. One step is run, and what the runtime says that it allocated has to be the
 plan, and its loss PyTorch's.
 
 PyTorch: peak resident memory of a fresh process over three steps minus that right before the first one
@@ -19,8 +21,10 @@ Process: what `pock-run` itself says about its resident memory at the peak, minu
 against planned arena plus mapped weights. It makes its batch in the arena, and reads every page of the mapped weights
 first: of an embedding table a step reads only the rows of its tokens, and the plan counts them all.
 
-Not measured, because the compiler has neither: int8 weights and activations, and builds under a memory budget. That the
-chosen order of a small graph is the best one is a matter of exact comparison: tests/passes/test_schedule.py.
+Builds under a memory budget have a table of their own (memory_budget.py).
+
+Not measured, because the compiler has none: int8 weights and activations. That the chosen order of a small graph is the
+best one is a matter of exact comparison: tests/passes/test_schedule.py.
 """
 
 import argparse
@@ -37,14 +41,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from matplotlib import pyplot
 from torch import nn
 
 import pockc
-from benchmarks import memory_peer, memory_plans, report, zoo
+from benchmarks import memory_budget, memory_peer, memory_plans, memory_tables, report, zoo
 from pockc import abi
+from pockc.build import ENTRIES
 from pockc.memory_report import LiveTensor
 from pockc.parity import LOSS_TOLERANCE
 from pockc.program import states
@@ -65,12 +68,14 @@ class Case:
     at_least: float | None = None  # PyTorch's added bytes over pockc's
     arena_at_most: int | None = None  # bytes of the arena; frozen weights are not in it
     loss: str = "cross_entropy"
+    entries: tuple[str, ...] = ENTRIES
 
 
 _MOBILENET = {"batch_size": 8, "image_size": 224}
 _RESNET = {"batch_size": 8, "image_size": 224}
 _BERT = {"batch_size": 8, "sequence_length": 128}
 _LLAMA = {"batch_size": 1, "sequence_length": 512}
+_WITHOUT_LOGITS = ENTRIES[:2]
 
 CASES = (
     Case("mobilenet-full", "MobileNetV2 224 px b8 full", "mobilenet_v2", _MOBILENET, "full", 3.0),
@@ -82,8 +87,10 @@ CASES = (
     Case("resnet-sparse", "ResNet-50 224 px b8 sparse", "resnet50", _RESNET, "sparse", 4.0),
     Case("bert-full", "BERT-base 128 tokens b8 full", "bert_base", _BERT, "full", 1.8),
     Case("bert-sparse", "BERT-base 128 tokens b8 sparse", "bert_base", _BERT, "sparse", 2.0),
-    Case("llama-full", "Llama 8x512 512 tokens b1 full", "llama_8l", _LLAMA, "full", 2.0, loss="causal_lm"),
-    Case("llama-sparse", "Llama 8x512 512 tokens b1 sparse", "llama_8l", _LLAMA, "sparse", 4.0, loss="causal_lm"),
+    Case("llama-full", "Llama 8x512 512 tokens b1 full", "llama_8l", _LLAMA, "full", 2.0, loss="causal_lm",
+         entries=_WITHOUT_LOGITS),
+    Case("llama-sparse", "Llama 8x512 512 tokens b1 sparse", "llama_8l", _LLAMA, "sparse", 4.0, loss="causal_lm",
+         entries=_WITHOUT_LOGITS),
     Case("mcunet-b1-sparse", "MCUNet-5fps 128 px b1 sparse", "mcunet_5fps", {"batch_size": 1, "image_size": 128},
          "sparse", arena_at_most=1_000_000),
 )  # fmt: skip
@@ -192,7 +199,7 @@ def plan_case(case: Case) -> Plan:
     """Builds the program, lets the runtime allocate it and run one step, and runs it in a process of its own."""
     model, inputs = getattr(zoo, case.model)(**case.arguments)
     optimizer = pockc.SGD(lr=memory_peer.LEARNING_RATE)
-    program = pockc.build(model, inputs, loss=case.loss, optimizer=optimizer, scheme=case.scheme)
+    program = pockc.build(model, inputs, loss=case.loss, optimizer=optimizer, scheme=case.scheme, entries=case.entries)
     batch = memory_peer.batch_of(inputs, case.loss)
     with tempfile.TemporaryDirectory(prefix="pockc-memory-") as folder:
         path = Path(folder, "model.pock")
@@ -291,101 +298,6 @@ def measure(case: Case, known: Mapping[str, dict[str, memory_peer.Answer]]) -> R
     return result
 
 
-def print_cases(results: Sequence[Result], judged: bool) -> None:
-    """What training adds, the totals, and what is alive at the peak."""
-    rows = []
-    for result in results:
-        plan, best = result.plan, result.best
-        layout = next(name for name, answer in result.pytorch.items() if answer is best)
-        rows.append(
-            [
-                result.case.title,
-                report.megabytes(plan.model_bytes),
-                report.megabytes(plan.added_bytes),
-                f"{report.megabytes(best.added_bytes)} {layout}",
-                f"{result.ratio:.2f}",
-                _bar_text(result) if judged else "",
-                report.megabytes(plan.arena_bytes + plan.mapped_bytes),
-                report.megabytes(plan.model_bytes + best.added_bytes),
-                report.megabytes(best.library_bytes),
-            ]
-        )
-    columns = [
-        "case", "model MB", "pockc adds MB", "PyTorch adds MB", "PyTorch / pockc", "bar", "pockc total MB",
-        "PyTorch total MB", "of it library code MB",
-    ]  # fmt: skip
-    report.print_table("What a training step adds to the parameters; SGD", columns, rows)
-    report.print_table(
-        "The plan of pockc, MB",
-        ["case", "arena", "mapped", *(f"{name} part" for name in results[0].plan.entries), "at the peak",
-         "pock-run resident", "of tolerance"],
-        [_plan_row(result) for result in results],
-    )  # fmt: skip
-
-
-def print_peaks(results: Sequence[Result]) -> None:
-    """What is alive at the peak of each case, trained parameters left out."""
-    for result in results:
-        rows = [
-            [group["name"], group["module"], group["kind"], group["type"], group["count"],
-             report.megabytes(group["nbytes"])]
-            for group in result.plan.at_peak
-            if group["nbytes"] >= 0.01 * result.plan.added_bytes
-        ]  # fmt: skip
-        columns = ["tensor", "module", "kind", "type", "count", "MB"]
-        report.print_table(f"Alive at the peak of {result.case.title}, from 1% on", columns, rows)
-
-
-def _bar_text(result: Result) -> str:
-    case = result.case
-    if case.arena_at_most is not None:
-        met = result.plan.arena_bytes <= case.arena_at_most
-        return f"arena <= {report.megabytes(case.arena_at_most)} MB {'met' if met else 'MISSED'}"
-    if case.at_least is None:
-        return ""
-    return f">= {case.at_least:g} {'met' if result.ratio >= case.at_least else 'MISSED'}"
-
-
-def _plan_row(result: Result) -> list[str]:
-    plan = result.plan
-    kinds = [(name, size) for name, size in plan.by_kind.items() if name != "frozen_parameters" and size >= 5e3]
-    kinds.sort(key=lambda item: -item[1])
-    return [
-        result.case.title,
-        report.megabytes(plan.arena_bytes),
-        report.megabytes(plan.mapped_bytes),
-        *(report.megabytes(size) for size in plan.entries.values()),
-        ", ".join(f"{name} {report.megabytes(size)}" for name, size in kinds),
-        report.megabytes(plan.process_bytes),
-        f"{plan.process_excess:.2f}",
-    ]
-
-
-def plot(results: Sequence[Result], path: Path) -> None:
-    """Bars on a logarithmic axis, PyTorch above pockc, with their values and the ratio."""
-    figure, axes = pyplot.subplots(figsize=(9, 0.62 * len(results) + 1.3), dpi=150, layout="constrained")
-    places = np.arange(len(results))
-    sides = {
-        "PyTorch": [result.best.added_bytes / 1e6 for result in results],
-        "pockc": [result.plan.added_bytes / 1e6 for result in results],
-    }
-    for (name, values), shift, colour in zip(sides.items(), (-0.2, 0.2), ("#b0b0b0", "#1f77b4"), strict=True):
-        drawn = axes.barh(places + shift, values, height=0.38, label=name, color=colour)
-        axes.bar_label(drawn, [f"{value:.3g}" for value in values], padding=3, fontsize=8)
-    axes.set_yticks(places, [f"{result.case.title}\n{result.ratio:.1f} times less" for result in results], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    largest = max(value for values in sides.values() for value in values)
-    axes.set_xlim(left=0.5 * min(value for values in sides.values() for value in values), right=2.5 * largest)
-    axes.set(title="What a training step adds to the parameters", xlabel="MB, logarithmic")
-    axes.grid(axis="x", alpha=0.3)
-    axes.set_axisbelow(True)
-    axes.legend(loc="lower right")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    pyplot.close(figure)
-
-
 def machine() -> dict[str, Any]:
     """What the figures may depend on."""
     sizes = Path("/proc/meminfo").read_text(encoding="ascii").split()
@@ -401,9 +313,15 @@ def machine() -> dict[str, Any]:
 
 
 def run(
-    cases: Sequence[Case], output: Path, *, quick: bool, random_schemes: int, pytorch_from: Path | None = None
+    cases: Sequence[Case],
+    output: Path,
+    *,
+    quick: bool,
+    random_schemes: int,
+    budgets: Sequence[str],
+    pytorch_from: Path | None = None,
 ) -> int:
-    """Measures the cases, then plans zoo, random schemes (unless 0) and published work (unless quick or only some).
+    """Measures the cases, and models under budgets; plans zoo, random schemes (unless 0) and published work (if all).
 
     Returns:
         The exit code: 1 when a bar is missed.
@@ -411,13 +329,19 @@ def run(
     started = time.perf_counter()
     known = known_answers(pytorch_from)
     results = [measure(case, known) for case in cases]
+    constrained = memory_budget.measure(budgets, small=quick)
     tightness = [result.plan.tightness for result in results]
     tightness += memory_plans.measure_tightness(random_schemes, small=quick) if random_schemes else []
     published = memory_plans.plan_published() if len(cases) == len(CASES) and not quick else []
     bars = [bar for result in results for bar in result.bars(judged=not quick)]
-    bars += memory_plans.tightness_bars(tightness)
-    print_cases(results, judged=not quick)
-    print_peaks([result for result in results if not all(bar.met for bar in result.bars(judged=not quick))])
+    bars += memory_plans.tightness_bars(tightness) if tightness else []
+    bars += [bar for result in constrained for bar in result.bars()]
+    if results:
+        memory_tables.print_cases(results, judged=not quick)
+        missed = [result for result in results if not all(bar.met for bar in result.bars(judged=not quick))]
+        memory_tables.print_peaks(missed)
+    if constrained:
+        memory_budget.print_budgets(constrained)
     if published:
         memory_plans.print_published(published)
     if quick:
@@ -428,14 +352,19 @@ def run(
         "seconds": time.perf_counter() - started,
         "pytorch_from_earlier_run": bool(known),
         "cases": [result.as_json() for result in results],
+        "budgets": [result.as_json() for result in constrained],
         "tightness": [{**asdict(result), "ratio": result.ratio} for result in tightness],
         "published": published,
         "bars": [bar.as_json() for bar in bars],
     }
     report.write_json(output, content)
-    plot(results, output.with_suffix(".png"))
-    print(f"Report: {output}; picture: {output.with_suffix('.png')}")
-    return report.finish("bench-memory", _summary(results), bars)
+    print(f"Report: {output}")
+    if results:
+        memory_tables.plot(results, output.with_suffix(".png"))
+        print(f"Picture: {output.with_suffix('.png')}")
+    parts = [_summary(results)] if results else []
+    parts += [memory_budget.summary(constrained)] if constrained else []
+    return report.finish("bench-memory", "; ".join(parts), bars)
 
 
 def _summary(results: Sequence[Result]) -> str:
@@ -466,18 +395,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="plans beside those of the zoo; 0: neither (200; 0 for some cases)",
     )
     parser.add_argument("--pytorch-from", type=Path, metavar="JSON", help="take PyTorch's figures from this report")
+    budgets = parser.add_mutually_exclusive_group()
+    budgets.add_argument("--budget-only", action="store_true", help="nothing but models under memory budgets")
+    budgets.add_argument("--no-budgets", action="store_true", help="no models under memory budgets")
+    models = list(memory_budget.MODELS)
+    parser.add_argument(
+        "--budget-models", nargs="+", choices=models, metavar="MODEL", help=f"{', '.join(models)} (none for some cases)"
+    )
     parser.add_argument("--output", type=Path, default=report.OUT / "memory.json")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    chosen = [case for case in CASES if case.key in options.cases]
+    chosen = [] if options.budget_only else [case for case in CASES if case.key in options.cases]
+    partial = len(chosen) < len(CASES)
     random_schemes = options.random_schemes
     if random_schemes is None:
-        random_schemes = 0 if len(chosen) < len(CASES) else 12 if options.quick else 200
+        random_schemes = 0 if partial else 12 if options.quick else 200
+    budget_models = options.budget_models or ([] if partial and not options.budget_only else models)
     return run(
         [quick_case(case) for case in chosen] if options.quick else chosen,
         options.output,
         quick=options.quick,
         random_schemes=random_schemes,
+        budgets=[] if options.no_budgets else budget_models,
         pytorch_from=options.pytorch_from,
     )
 

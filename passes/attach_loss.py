@@ -1,4 +1,4 @@
-"""Attach a named loss: the input ``labels`` and the scalar output ``loss``."""
+"""Attach a named loss: the input ``labels`` and the scalar output ``loss``; for evaluation also what it got right."""
 
 from __future__ import annotations
 
@@ -36,6 +36,27 @@ def run(graph: Graph, recipe: Recipe) -> Graph:
     labels = builder.input("labels", loss.labels(prediction.type))
     value = loss.attach(builder, prediction, labels, recipe.loss_options)
     return builder.build({"loss": value, **graph.outputs}, graph.updates)
+
+
+def evaluation(graph: Graph, recipe: Recipe) -> Graph:
+    """As `run`, for the entry that evaluates: where every token has a label, it counts instead of giving predictions.
+
+    Post: with a loss over classes and labels of more than one axis, the first prediction is no output; there are the
+          outputs ``correct`` and ``counted`` instead, i64[samples]: how many labels of each sample are predicted, and
+          how many there are without the ignored ones. Logits over a vocabulary are the largest tensor of all.
+    """
+    attached = run(graph, recipe)
+    labels = next((value for value in attached.inputs if value.name == "labels"), None)
+    if recipe.loss is None or not LOSSES[recipe.loss].classifies or labels is None or len(labels.type.shape) < 2:
+        return attached
+    loss = attached.producers()[attached.outputs["loss"]]
+    builder = Builder(attached)
+    builder.origin = loss.origin
+    attrs = {"samples": labels.type.shape[0], "ignore_index": loss.attrs["ignore_index"]}
+    correct, counted = builder.multi("count_correct", *loss.inputs, **attrs)
+    predicted = next(iter(graph.outputs))
+    kept = {name: value for name, value in attached.outputs.items() if name != predicted}
+    return builder.build({**kept, "correct": correct, "counted": counted}, attached.updates)
 
 
 def _check_own_loss(graph: Graph) -> Graph:

@@ -1,4 +1,4 @@
-"""Which ops treat the rows of axis 0 independently: one rule per op, for :mod:`pockc.passes.split_prefix`.
+"""Which ops treat the rows of axis 0 independently: one rule per op, for the passes that run parts of the batch.
 
 A tensor is *batched* if its axis 0 has ``batch * k`` rows, and rows ``[i k, (i + 1) k)`` depend on sample ``i`` alone.
 An op is batch-parallel if batched operands make batched results: then it may run on some of the samples at a time.
@@ -36,8 +36,11 @@ def roles(node: Node, batched: Batched, batch: int) -> Roles | None:
     return found if all(shape and shape[0] % batch == 0 for shape in shapes) and _fills_bytes(node, batch) else None
 
 
-def rescaled(node: Node, batch: int, samples: int) -> Mapping[str, Any]:
-    """The attributes of a batch-parallel node for fewer samples."""
+def rescaled(node: Node, batch: int, start: int, samples: int) -> Mapping[str, Any]:
+    """The attributes of a node for the samples ``[start, start + samples)``."""
+    if "first_row" in node.attrs:
+        logits = node.inputs[1 if node.op == "cross_entropy_grad" else 0]
+        return {**node.attrs, "first_row": start * (logits.type.shape[0] // batch)}
     if node.op not in ("reshape", "expand"):
         return node.attrs
     rows, *rest = node.attrs["shape"]
@@ -94,11 +97,25 @@ def _matmul(node: Node, batched: Batched) -> Roles | None:
 
 
 def _attention(node: Node, batched: Batched) -> Roles | None:
-    """Queries, keys and values by rows; a mask by rows or for all."""
+    """Queries, keys and values by rows, and what the gradient reads besides; a mask by rows or for all."""
     shape = node.inputs[0].type.shape
-    found = (True, True, True, *(_has_rows(mask, shape) for mask in node.inputs[3:]))
+    count = 6 if node.op == "attention_grad" else 3
+    found = (*(True for _ in range(count)), *(_has_rows(mask, shape) for mask in node.inputs[count:]))
     stretched = any(value in batched and not sliced for value, sliced in zip(node.inputs, found, strict=True))
     return None if stretched else found
+
+
+def _all_rows(node: Node, batched: Batched) -> Roles | None:
+    return tuple(True for _ in node.inputs)
+
+
+def _logits_gradient(node: Node, batched: Batched) -> Roles | None:
+    """Logits by rows; all labels, since the gradient's scale is the number of those that count."""
+    return False, True, False
+
+
+def _row_norm_gradient(node: Node, batched: Batched) -> Roles | None:
+    return _aligned(node, batched) if _has_more_axes(node) else None
 
 
 def _beyond_rows(node: Node) -> bool:
@@ -130,15 +147,18 @@ RULES: dict[str, Rule] = {
         "neg", "abs", "sign", "exp", "log", "sqrt", "rsqrt", "reciprocal", "sin", "cos", "tanh", "sigmoid", "erf",
         "softplus", "floor", "silu", "hardswish", "hardsigmoid", "gelu", "leaky_relu", "elu", "pow_scalar", "clip",
         "logical_not", "cast", "copy", "reshape", "range_mask", "conv2d", "max_pool2d", "avg_pool2d",
+        "conv2d_grad_input", "avg_pool2d_grad",
     ),
     **_table(
         _aligned,
         "add", "sub", "mul", "div", "pow", "maximum", "minimum", "equal", "not_equal", "less", "less_equal", "greater",
-        "greater_equal", "logical_and", "logical_or", "where", "rotary",
+        "greater_equal", "logical_and", "logical_or", "where", "rotary", "tanh_grad", "sigmoid_grad", "gelu_grad",
+        "silu_grad", "hardswish_grad", "hardsigmoid_grad", "leaky_relu_grad", "elu_grad",
     ),
     **_table(
         _only(0, _beyond_rows),
-        "transpose", "slice", "take", "pad", "cumsum", "argmax", "reduce_sum", "reduce_mean", "reduce_max",
+        "transpose", "slice", "slice_grad", "take", "take_grad", "pad", "cumsum", "argmax", "reduce_sum", "reduce_mean",
+        "reduce_max",
     ),
     **_table(_only(0, _has_more_axes), "softmax", "log_softmax", "layer_norm", "rms_norm"),
     **_table(_only(0, _keeps_first_axis), "expand"),
@@ -146,5 +166,8 @@ RULES: dict[str, Rule] = {
     **_table(_masked, "apply_mask"),
     **_table(_concat, "concat"),
     **_table(_matmul, "matmul"),
-    **_table(_attention, "attention"),
+    **_table(_attention, "attention", "attention_grad"),
+    **_table(_all_rows, "max_pool2d_grad"),
+    **_table(_row_norm_gradient, "layer_norm_grad_input", "rms_norm_grad_input", "softmax_grad", "log_softmax_grad"),
+    **_table(_logits_gradient, "cross_entropy_grad"),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Moves biases and activations into the convolution or product in front of them."""
+"""Moves biases and activations into the product in front of them, and a sum into an embedding's gradient."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ def run(graph: Graph, recipe: Recipe) -> Graph:
 
     Pre:  gradients are attached, if any: a fused node has no gradient rule.
     Post: no add of a [channels] bias, and no clip, gelu, silu or hardswish, is the only reader of a conv2d or matmul
-          that could take it.
+          that could take it. An embedding_grad that is added to something adds to it in place.
     """
     rewriter = Rewriter(graph)
     for node in graph.nodes:
-        fused = _with_bias(rewriter, node) if node.op == "add" else _with_activation(rewriter, node)
+        if node.op == "add":
+            fused = _with_bias(rewriter, node) or _onto_base(rewriter, node)
+        else:
+            fused = _with_activation(rewriter, node)
         if fused is None:
             rewriter.keep(node)
         else:
@@ -58,6 +61,17 @@ def _with_bias(rewriter: Rewriter, node: Node) -> Value | None:
         if bias.type.shape != (channels,):
             bias = rewriter.emit(product, "reshape", (bias,), {"shape": (channels,)})
         return rewriter.emit(product, product.op, (*product.inputs, bias), product.attrs)
+    return None
+
+
+def _onto_base(rewriter: Rewriter, node: Node) -> Value | None:
+    """The gradient of a table that has another one already, as tied embeddings do: one tensor instead of two."""
+    inputs = rewriter.inputs(node)
+    for gradient, base in (inputs, inputs[::-1]):
+        scatter = rewriter.producer(gradient, "embedding_grad")
+        if scatter is None or len(scatter.inputs) > 2 or rewriter.uses[gradient] != 1 or base.type != gradient.type:
+            continue
+        return rewriter.emit(scatter, scatter.op, (*scatter.inputs, base), scatter.attrs)
     return None
 
 

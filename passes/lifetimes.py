@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 
-from pockc.ir import Graph, Node, Value
+from pockc.ir import Graph, Node, TensorType, Value
 from pockc.ops import OPS
 
 ALIGNMENT = 64
@@ -47,72 +48,158 @@ def in_place_inputs(node: Node, output: int) -> tuple[int, ...]:
     return OPS[node.op].in_place if output == 0 else ()
 
 
-def storages(graph: Graph) -> dict[Value, Value]:
-    """For each value, the one whose bytes it is: itself, or what it is a view of, at any remove."""
-    root: dict[Value, Value] = {value: value for value in (*graph.inputs, *graph.states)}
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """The bytes that a value is: those of ``storage`` from ``offset`` on."""
+
+    storage: Value  # the value itself, or what it is a view of, at any remove
+    offset: int = 0
+
+
+def extents(graph: Graph) -> dict[Value, Extent]:
+    """Where the bytes of each value are.
+
+    Views are reshapes, and slices of inputs and states that are contiguous and begin at a multiple of the alignment.
+    Slices of other values are copied: a small part that waits for the backward pass must not keep the whole alive.
+    """
+    found = {value: Extent(value) for value in (*graph.inputs, *graph.states)}
+    given = set(found)
     for node in graph.nodes:
+        source = found.get(node.inputs[0]) if node.inputs else None
+        offset = view_offset(node, source is not None and source.storage in given)
         for output in node.outputs:
-            root[output] = root[node.inputs[0]] if OPS[node.op].view else output
-    return root
+            if source is None or offset is None:
+                found[output] = Extent(output)
+            else:
+                found[output] = Extent(source.storage, source.offset + offset)
+    return found
 
 
-def takeover_candidates(node: Node, position: int, storage: Mapping[Value, object]) -> list[Value]:
+def view_offset(node: Node, of_given: bool) -> int | None:
+    """At which byte of its first operand a view begins; None for a node that makes bytes of its own."""
+    if OPS[node.op].view:
+        return 0
+    if node.op != "slice" or not of_given:
+        return None
+    return rows_offset(node.inputs[0].type, **node.attrs)
+
+
+def rows_offset(source: TensorType, *, axis: int, start: int, stop: int, step: int = 1) -> int | None:
+    """At which byte a slice begins that can be read where it lies; None for one that has to be copied."""
+    offset = source.nbytes // source.shape[axis] * start
+    contiguous = step == 1 and prod(source.shape[:axis]) == 1
+    return offset if contiguous and offset % ALIGNMENT == 0 else None
+
+
+def storages(graph: Graph) -> dict[Value, Value]:
+    """For each value, the one whose bytes it is, or is a part of: itself, or what it is a view of, at any remove."""
+    return {value: extent.storage for value, extent in extents(graph).items()}
+
+
+def takeover_candidates(node: Node, position: int, storage: Mapping[Value, Value]) -> list[Value]:
     """The operands whose bytes an output may take over, provided that nothing reads them later.
 
-    Only an operand of the output's own type, whose bytes the node reads through no other operand.
+    Only an operand of the output's own type, whose bytes the node reads through no other operand, and which is all of
+    its storage: other parts of that may be in use.
     """
     found = []
     for i in in_place_inputs(node, position):
         if i >= len(node.inputs) or node.inputs[i].type != node.outputs[position].type:
             continue
         value = node.inputs[i]
-        if sum(storage[other] is storage[value] for other in node.inputs) == 1:
+        whole = storage[value].type.nbytes == value.type.nbytes
+        if whole and sum(storage[other] is storage[value] for other in node.inputs) == 1:
             found.append(value)
     return found
 
 
-def readers_of_states(graph: Graph) -> dict[Value, list[int]]:
-    """For each state, the calls that read it, directly or through a view."""
+def storage_readers(graph: Graph) -> dict[Value, list[int]]:
+    """For each storage (see `storages`), the calls that read it, directly or through a view."""
     root = storages(graph)
-    readers: dict[Value, list[int]] = {state: [] for state in graph.states}
+    found: dict[Value, list[int]] = {value: [] for value in root.values()}
     for index, node in enumerate(graph.nodes):
         for value in node.inputs:
-            if root[value] in readers:
-                readers[root[value]].append(index)
-    return readers
+            found[root[value]].append(index)
+    return found
 
 
-def updates_in_place(graph: Graph) -> dict[Value, Value]:
-    """New value -> state, where writing the new value straight into the state's buffer is right.
+def update_chains(graph: Graph) -> dict[Value, tuple[Value, ...]]:
+    """For each updated state, what takes its place one after the other: last its new value.
 
-    It is where the value is made by a node of this graph, every reader of the old contents comes before that node
-    (or is it, and the op allows it), and no two states claim the same value.
+    As a rule that is the new value alone. Updates of some rows each make a chain, in which every link has the rows of
+    the one before it but for its own.
+    """
+    maker = graph.producers()
+    results = set(graph.results())
+
+    def older(link: Value) -> Value | None:
+        node = maker.get(link)
+        if node is None or not optimizer_homes(node) or not _updates_part(node):
+            return None
+        operand = node.inputs[optimizer_homes(node)[node.outputs.index(link)]]
+        return None if operand in results else operand
+
+    chains = {}
+    for state, value in graph.updates.items():
+        links: list[Value] = []
+        link: Value | None = value
+        while link is not None and link is not state:
+            links.append(link)
+            link = older(link)
+        chains[state] = tuple(reversed(links)) if link is state else (value,)
+    return chains
+
+
+def _updates_part(node: Node) -> bool:
+    """Whether an optimizer node changes some rows alone, a range of them or those at indices."""
+    return node.attrs.get("start", -1) >= 0 or node.inputs[-1].type.dtype == "i32"
+
+
+def overwritten(graph: Graph) -> dict[Value, tuple[Value, Value]]:
+    """Value -> the state whose buffer it may be written into, and the contents that are there before.
+
+    These are new values of states, and links on the way to them, each made by a node of this graph behind every reader
+    of the old contents (or being it, where the op allows it). No two states claim the same value.
     """
     maker = {output: (i, node) for i, node in enumerate(graph.nodes) for output in node.outputs}
-    readers = readers_of_states(graph)
-    homes: dict[Value, Value] = {}
-    for state, value in graph.updates.items():
-        if value not in maker or value in homes or state.type != value.type:
-            continue
+    root = storages(graph)
+    known_readers = storage_readers(graph)
+    homes: dict[Value, tuple[Value, Value]] = {}
+
+    def may_overwrite(value: Value, old: Value) -> bool:
+        if value not in maker or value in homes or old.type != value.type:
+            return False
         index, node = maker[value]
-        if OPS[node.op].view:
-            continue
-        own = [i for i, operand in enumerate(node.inputs) if operand is state]
+        if root[value] is not value:
+            return False
+        own = [i for i, operand in enumerate(node.inputs) if operand is old]
         allowed = set(own) <= set(in_place_inputs(node, node.outputs.index(value)))
-        last_reader = max(readers[state], default=-1)
-        if last_reader < index or (last_reader == index and own and allowed):
-            homes[value] = state
+        last_reader = max(known_readers[old], default=-1)
+        return last_reader < index or (last_reader == index and bool(own) and allowed)
+
+    for state, chain in update_chains(graph).items():
+        for links in (chain, chain[-1:]):
+            pairs = list(zip(links, (state, *links[:-1]), strict=True))
+            if all(may_overwrite(value, old) for value, old in pairs):
+                homes.update({value: (state, old) for value, old in pairs})
+                break
     return homes
 
 
-def buffers(graph: Graph) -> dict[Value, Buffer]:
-    """The buffer of every value of a scheduled graph.
+def updates_in_place(graph: Graph) -> dict[Value, Value]:
+    """Value -> state, where writing the value straight into the state's buffer is right (see `overwritten`)."""
+    return {value: state for value, (state, _) in overwritten(graph).items()}
+
+
+def buffers(graph: Graph, *, in_place: bool = True) -> dict[Value, Buffer]:
+    """The buffer of every value of a scheduled graph. Without ``in_place`` only views and states share theirs.
 
     Pre: every update is either in place (`updates_in_place`) or a `copy` that ends the graph.
     """
     end = len(graph.nodes)
     homes = updates_in_place(graph)
-    last_use = _last_uses(graph, end)
+    storage = storages(graph)
+    last_use = _last_uses(graph, storage, end)
     owner: dict[Value, Buffer] = {}
 
     def own(value: Value, buffer: Buffer) -> None:
@@ -130,29 +217,32 @@ def buffers(graph: Graph) -> dict[Value, Buffer]:
             if output in homes:
                 own(output, state_buffers[homes[output]])
                 continue
-            source = _takeover(node, position, index, owner, last_use)
-            own(output, source or Buffer(output.type.nbytes, index, index))
+            if storage[output] is not output:
+                own(output, owner[storage[output]])
+                continue
+            candidates = takeover_candidates(node, position, storage) if in_place else []
+            heir = _takeover(candidates, index, owner, last_use)
+            own(output, heir or Buffer(output.type.nbytes, index, index))
     return owner
 
 
-def _last_uses(graph: Graph, end: int) -> dict[Value, int]:
+def _last_uses(graph: Graph, storage: Mapping[Value, Value], end: int) -> dict[Value, int]:
     """The last call that reads each value; results live to the end; a view extends what it views."""
     last = {value: index for index, node in enumerate(graph.nodes) for value in node.inputs}
     last.update({value: end for value in graph.results()})
     for node in reversed(graph.nodes):
-        if OPS[node.op].view:
-            source, view = node.inputs[0], node.outputs[0]
-            last[source] = max(last[source], last.get(view, -1))
+        for view in node.outputs:
+            if storage[view] is not view:
+                source = node.inputs[0]
+                last[source] = max(last[source], last.get(view, -1))
     return last
 
 
 def _takeover(
-    node: Node, position: int, index: int, owner: dict[Value, Buffer], last_use: dict[Value, int]
+    candidates: list[Value], index: int, owner: dict[Value, Buffer], last_use: dict[Value, int]
 ) -> Buffer | None:
-    """The buffer that an output inherits: what it views, or an operand that dies here and may be overwritten."""
-    if OPS[node.op].view:
-        return owner[node.inputs[0]]
-    for value in takeover_candidates(node, position, owner):
+    """The buffer that an output inherits: of an operand that dies here and may be overwritten."""
+    for value in candidates:
         buffer = owner[value]
         if buffer.state is None and all(last_use.get(v, -1) <= index for v in buffer.values):
             return buffer

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from pockc.errors import InternalError
 from pockc.ir import Graph, Node, Value
 from pockc.passes.lifetimes import ALIGNMENT as ALIGNMENT
-from pockc.passes.lifetimes import Buffer, buffers, updates_in_place
+from pockc.passes.lifetimes import Buffer, buffers, extents, updates_in_place
 from pockc.passes.lifetimes import aligned as aligned
 
 MOST_ROUNDS = 120  # attempts to repair one order
@@ -36,36 +36,53 @@ class Placement:
     """Where one entry's transient memory lies: byte offsets from the start of the transient part of the arena."""
 
     buffer: Mapping[Value, Buffer]  # every value of the graph; those of a state's buffer live with the state
+    shift: Mapping[Value, int]  # bytes from the start of its buffer, for values that are no start of one
     offset: Mapping[Buffer, int]
     workspace: tuple[tuple[int, int], ...]  # per node: offset, bytes
     nbytes: int  # extent of the transient part
     max_live_bytes: int  # lower bound of any placement of this order
 
 
-def run(graph: Graph, workspace: Workspace) -> Placement:
+def run(graph: Graph, workspace: Workspace, *, in_place: bool = True, search: bool = True) -> Placement:
     """Place the transient buffers and workspaces of a scheduled graph.
+
+    Without ``in_place`` no output takes over the buffer of an operand (views and updates of states do), and without
+    ``search`` the first order of placement is taken as it is: ablations show what either buys.
 
     Pre:  `reorder` made every update in place or an explicit copy.
     Post: no two buffers that are alive at the same call overlap (`check` proves it).
     """
-    in_place = set(updates_in_place(graph).values())
-    if late := [state.name for state in graph.updates if state not in in_place]:
+    updated = set(updates_in_place(graph).values())
+    if late := [state.name for state in graph.updates if state not in updated]:
         raise InternalError(f"memory plan: the new values of {', '.join(late)} cannot be written in place")
-    owner = buffers(graph)
+    owner = buffers(graph, in_place=in_place)
     planned = [b for b in dict.fromkeys(owner.values()) if b.state is None]
     scratch = [workspace(node) for node in graph.nodes]
     intervals = [Interval(b.first, b.last, b.nbytes) for b in planned]
     intervals += [Interval(i, i, nbytes) for i, nbytes in enumerate(scratch) if nbytes]
-    offsets, total = plan(intervals)
+    offsets, total = plan(intervals, search=search)
     check(intervals, offsets)
     scratch_offsets = iter(offsets[len(planned) :])
     return Placement(
         buffer=owner,
+        shift={value: extent.offset for value, extent in extents(graph).items() if extent.offset},
         offset=dict(zip(planned, offsets, strict=False)),
         workspace=tuple((next(scratch_offsets), nbytes) if nbytes else (0, 0) for nbytes in scratch),
         nbytes=total,
         max_live_bytes=int(live_bytes(intervals).max(initial=0)),
     )
+
+
+def live(graph: Graph, workspace: Workspace) -> npt.NDArray[np.int64]:
+    """Transient bytes alive at each call of a graph, from call -1 on."""
+    planned = [buffer for buffer in dict.fromkeys(buffers(graph).values()) if buffer.state is None]
+    scratch = [Interval(call, call, workspace(node)) for call, node in enumerate(graph.nodes)]
+    return live_bytes([*(Interval(b.first, b.last, b.nbytes) for b in planned), *scratch])
+
+
+def live_peak(graph: Graph, workspace: Workspace) -> int:
+    """The most transient bytes that are alive at once."""
+    return int(live(graph, workspace).max(initial=0))
 
 
 def live_bytes(intervals: Sequence[Interval]) -> npt.NDArray[np.int64]:
@@ -79,23 +96,25 @@ def live_bytes(intervals: Sequence[Interval]) -> npt.NDArray[np.int64]:
     return np.cumsum(steps)
 
 
-def plan(intervals: Sequence[Interval]) -> tuple[list[int], int]:
+def plan(intervals: Sequence[Interval], *, search: bool = True) -> tuple[list[int], int]:
     """Offsets of the intervals and the total: the best of several greedy orders, each repaired until it is good.
 
-    Deterministic. Offsets are multiples of ALIGNMENT.
+    Without ``search`` it is the first of them, by size. Deterministic. Offsets are multiples of ALIGNMENT.
     """
-    offsets, total = _plan(tuple(intervals))
+    offsets, total = _plan(tuple(intervals), search)
     return list(offsets), total
 
 
 @lru_cache(maxsize=16)  # the scheduler asks what its order needs, and then the order is planned
-def _plan(intervals: tuple[Interval, ...]) -> tuple[tuple[int, ...], int]:
+def _plan(intervals: tuple[Interval, ...], search: bool) -> tuple[tuple[int, ...], int]:
     if not intervals:
         return (), 0
     placer = _Placer(intervals)
     good_enough = placer.bound + placer.bound // TOLERANCE
     orders = _orders(intervals)
     best = placer.place(orders[0])
+    if not search:
+        return tuple(best.offsets), best.total
     for attempt in (placer.place, placer.repaired):
         for order in orders:
             if best.total <= good_enough:

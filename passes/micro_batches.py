@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pockc.ir import Builder, Graph, Node, Value
 from pockc.ops import OPS
 from pockc.passes.batch_rules import Roles, rescaled, roles
+from pockc.passes.batch_sums import is_mean
+from pockc.passes.lifetimes import view_offset
 from pockc.passes.rewrite import live_nodes
 
 # Made anew for each part where made of states alone: cheaper than keeping it through all parts.
@@ -26,6 +28,7 @@ class Network:
     roles: Mapping[Node, Roles]  # the nodes that can, in order
     readers: Mapping[Value, Sequence[Node]]
     results: AbstractSet[Value]
+    sums: AbstractSet[Node] = frozenset()  # of the nodes: those whose partial results add up
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,12 @@ class Cut:
 
     nodes: tuple[Node, ...]
     boundary: tuple[Value, ...]
+
+
+def batch_of(graph: Graph) -> int:
+    """The leading size that most inputs share; 0 without inputs."""
+    sizes = [value.type.shape[0] for value in graph.inputs if value.type.shape]
+    return max(sizes, key=sizes.count, default=0)
 
 
 def analyse(graph: Graph, batch: int) -> Network:
@@ -82,6 +91,11 @@ def cut_behind(network: Network, nodes: Sequence[Node]) -> Cut:
     return Cut(tuple(inside), tuple(boundary))
 
 
+def parts_of(batch: int, size: int) -> list[Part]:
+    """The micro-batches: as many samples each, but the last."""
+    return [(start, min(size, batch - start)) for start in range(0, batch, size)]
+
+
 def split(network: Network, cut: Cut, parts: Sequence[Part], *, ahead: bool = False) -> Graph:
     """The graph with the nodes of the cut made anew for each part of the batch, and their boundary put together.
 
@@ -118,8 +132,10 @@ class _Splitter:
                     continue
                 inputs.remove(value)
                 for start, samples in parts:
-                    rows = self.taken.setdefault(start, {})
-                    rows[value] = self._slice(value, node, start, samples, {})
+                    part = self._slice(value, node, start, samples, {})
+                    if view_offset(self.builder.nodes[-1], of_given=True) is not None:
+                        part = self.builder("copy", part, hint=value.name)
+                    self.taken.setdefault(start, {})[value] = part
 
     def run(self, start: int, samples: int) -> None:
         """The prefix on samples ``[start, start + samples)``."""
@@ -132,8 +148,11 @@ class _Splitter:
                     rows[value] = self._slice(value, node, start, samples, remade)
                 inputs.append(rows[value] if sliced else self._made_of_states(value, remade))
             self.builder.origin = node.origin
-            attrs = rescaled(node, self.network.batch, samples)
+            attrs = rescaled(node, self.network.batch, start, samples)
             outputs = self.builder.multi(node.op, *inputs, hint=node.outputs[0].name, **attrs)
+            if node in self.network.sums:
+                self._add(node, outputs[0], samples)
+                continue
             rows.update(zip(node.outputs, outputs, strict=True))
             for value in node.outputs:
                 if value in self.boundary:
@@ -159,6 +178,13 @@ class _Splitter:
         self.builder.origin = reader.origin
         first, end = start * each, (start + samples) * each
         return self.builder("slice", source, axis=0, start=first, stop=end, hint=value.name)
+
+    def _add(self, node: Node, part: Value, samples: int) -> None:
+        value = node.outputs[0]
+        if is_mean(node):
+            part = self.builder("mul", part, self.builder.constant(samples / self.network.batch), hint=value.name)
+        total = self.filled.get(value)
+        self.filled[value] = part if total is None else self.builder("add", total, part, hint=value.name)
 
     def _insert(self, value: Value, part: Value, start: int) -> None:
         shape, dtype = value.type.shape, value.type.dtype

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from pockc.ir import Builder, Graph, Node, Origin
 from pockc.passes import memory, schedule_exact, schedule_greedy, schedule_window
-from pockc.passes.lifetimes import readers_of_states, updates_in_place
+from pockc.passes.lifetimes import storage_readers, storages, update_chains, updates_in_place
 from pockc.passes.schedule_model import problem_of
 from pockc.recipe import Recipe
 
@@ -27,7 +27,17 @@ def run(graph: Graph, recipe: Recipe) -> Graph:
     """
     if "reorder" in recipe.disabled:
         return _materialise_updates(graph)
-    return _smallest(_materialise_updates(_by_updates(_sink_cheap(graph))), recipe)
+    return _smallest(prepared(graph), recipe)
+
+
+def prepared(graph: Graph) -> Graph:
+    """The nodes in an order in which every update is in place, or an explicit `copy`."""
+    return _materialise_updates(by_updates(_sink_cheap(graph)))
+
+
+def least_peak(graph: Graph, recipe: Recipe) -> int:
+    """Live bytes that every order of the graph needs at some call: much faster than to search for the best order."""
+    return problem_of(_materialise_updates(by_updates(graph)), recipe.workspace).lower_bound()
 
 
 def _sink_cheap(graph: Graph) -> Graph:
@@ -57,7 +67,7 @@ def _sink_cheap(graph: Graph) -> Graph:
     return replace(graph, nodes=tuple(order))
 
 
-def _by_updates(graph: Graph) -> Graph:
+def by_updates(graph: Graph) -> Graph:
     """Move every node that makes the new value of a state behind the readers of the old one, where that is possible.
 
     It is not where one of them needs the new value itself; such an update is left to a copy.
@@ -68,11 +78,13 @@ def _by_updates(graph: Graph) -> Graph:
     for index, earlier in enumerate(before):
         for i in earlier:
             followers[i].append(index)
-    readers = readers_of_states(graph)
-    for state, value in graph.updates.items():
+    known = storage_readers(graph)
+    chains = update_chains(graph).items()
+    replaced = [pair for state, chain in chains for pair in zip((state, *chain[:-1]), chain, strict=True)]
+    for old, value in replaced:
         if value not in maker:
             continue
-        others = set(readers[state]) - {maker[value]}
+        others = set(known[old]) - {maker[value]}
         if others.isdisjoint(_reachable(maker[value], followers)):
             for reader in others - before[maker[value]]:
                 before[maker[value]].add(reader)
@@ -128,15 +140,16 @@ def _ordered(graph: Graph, order: Iterable[int]) -> Graph:
 
 
 def _materialise_updates(graph: Graph) -> Graph:
-    """Append a `copy` for every update that cannot be written in place, and for outputs that are bare operands.
+    """Append a `copy` for every update that cannot be written in place, and for outputs that are operands or parts.
 
     A copy into one state may itself have to wait for a copy out of it (two states that swap): hence the loop.
     """
     bare = {*graph.inputs, *graph.states}
     while True:
-        homes = {state: value for value, state in updates_in_place(graph).items()}
-        late = {state: value for state, value in graph.updates.items() if homes.get(state) is not value}
-        outputs = {name: value for name, value in graph.outputs.items() if value in bare}
+        homes = updates_in_place(graph)
+        late = {state: value for state, value in graph.updates.items() if homes.get(value) is not state}
+        storage = storages(graph)
+        outputs = {name: value for name, value in graph.outputs.items() if storage[value] in bare}
         if not late and not outputs:
             return graph
         builder = Builder(graph)

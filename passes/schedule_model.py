@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from pockc.errors import InternalError
 from pockc.ir import Graph, Node, Value
-from pockc.passes.lifetimes import aligned, readers_of_states, storages, takeover_candidates, updates_in_place
+from pockc.passes.lifetimes import aligned, overwritten, storage_readers, storages, takeover_candidates
 
 Workspace = Callable[[Node], int]  # bytes of scratch memory that the node's kernel wants
 
@@ -109,10 +109,14 @@ class Problem:
         )
 
     def lower_bound(self) -> int:
-        """Bytes that some call needs in every order.
+        """Bytes that some call needs in every order: an order may need more."""
+        return max(self.floor, self.initial, int(self.needed().max(initial=0)))
 
-        While a node runs, everything that its ancestors made for it or for its descendants is alive. The bound is the
-        worst node's; an order may need more, since nodes that are neither ancestors nor descendants count for nothing.
+    def needed(self) -> npt.NDArray[np.int64]:
+        """Bytes that each node needs in every order.
+
+        While a node runs, everything that its ancestors made for it or for its descendants is alive. Nodes that are
+        neither count for nothing.
         """
         reach = self._reachability()
         reached_from = np.ascontiguousarray(reach.T)
@@ -128,7 +132,7 @@ class Problem:
                 made_before = reach[makers[storage]].copy()
                 made_before[makers[storage]] = False
             needed[read_later & made_before] += self.nbytes[storage]
-        return max(self.floor, self.initial, int(needed.max(initial=0)))
+        return needed
 
     def _least_allocation(self, index: int, reached: Flags) -> int:
         """What a node must allocate however early everything ran that may run before it."""
@@ -178,8 +182,8 @@ def problem_of(graph: Graph, workspace: Workspace) -> Problem:
     Every order of the problem keeps the updates in place: what makes the new value of a state waits for the readers
     of the old one.
     """
-    homes = updates_in_place(graph)
-    if len(homes) != len(graph.updates):
+    homes = overwritten(graph)
+    if not homes.keys() >= set(graph.updates.values()):
         raise InternalError("schedule: an update is not in place")
     root = storages(graph)
     values = (*graph.inputs, *(v for node in graph.nodes for v in node.outputs))
@@ -197,10 +201,10 @@ def problem_of(graph: Graph, workspace: Workspace) -> Problem:
         )
 
     reads = [storages_of(node.inputs) for node in graph.nodes]
-    readers: list[set[int]] = [set() for _ in owned]
+    readers_of: list[set[int]] = [set() for _ in owned]
     for index, read in enumerate([*reads, storages_of(graph.results())]):
         for storage in read:
-            readers[storage].add(index)
+            readers_of[storage].add(index)
     before = _waits(graph, homes)
     followers: list[list[int]] = [[] for _ in graph.nodes]
     for index, earlier in enumerate(before):
@@ -214,18 +218,18 @@ def problem_of(graph: Graph, workspace: Workspace) -> Problem:
         reads=tuple(reads),
         makes=tuple(map(made_by, graph.nodes)),
         workspace=tuple(aligned(workspace(node)) for node in graph.nodes),
-        readers=tuple(map(_mask, readers)),
+        readers=tuple(map(_mask, readers_of)),
         nbytes=tuple(sizes),
-        initial=sum(sizes[s] for s in given if readers[s]),
+        initial=sum(sizes[s] for s in given if readers_of[s]),
         floor=sum(sizes[s] for s in given),
     )
 
 
-def _waits(graph: Graph, homes: dict[Value, Value]) -> list[set[int]]:
-    """Per node, the nodes that must come first: the makers of its operands, and readers of a state it overwrites."""
+def _waits(graph: Graph, homes: Mapping[Value, tuple[Value, Value]]) -> list[set[int]]:
+    """Per node, the nodes that must come first: the makers of its operands, and readers of what it overwrites."""
     maker = {output: i for i, node in enumerate(graph.nodes) for output in node.outputs}
     before = [{maker[value] for value in node.inputs if value in maker} for node in graph.nodes]
-    readers = readers_of_states(graph)
-    for value, state in homes.items():
-        before[maker[value]].update(i for i in readers[state] if i != maker[value])
+    known = storage_readers(graph)
+    for value, (_, old) in homes.items():
+        before[maker[value]].update(i for i in known[old] if i != maker[value])
     return before

@@ -12,14 +12,12 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from pockc.ir import Graph, Value
 from pockc.ops import OPS
 from pockc.passes import reorder
-from pockc.passes.lifetimes import buffers
-from pockc.passes.memory import Interval, Workspace, live_bytes
-from pockc.passes.micro_batches import Cut, Network, Part, analyse, cut_behind, split
+from pockc.passes.memory import Workspace, live
+from pockc.passes.micro_batches import Cut, Network, analyse, batch_of, cut_behind, parts_of, split
 from pockc.passes.schedule_greedy import order_under
 from pockc.passes.schedule_model import problem_of
 from pockc.recipe import Recipe, no_workspace
@@ -39,31 +37,25 @@ def run(graph: Graph, recipe: Recipe) -> Graph:
     Post: the same function; where that lowers the peak by `LEAST_GAIN`, every node of a prefix, which is batch-parallel
           by the rules of `batch_rules`, runs once per micro-batch, and `insert` puts the boundary together.
     """
-    batch = _batch(graph)
+    batch = batch_of(graph)
     if batch < 2:
         return graph
     ordered = reorder.run(graph, recipe)
-    if _live(ordered, recipe.workspace).max() <= recipe.sufficient:
+    if live(ordered, recipe.workspace).max() <= recipe.sufficient:
         return graph
-    network = analyse(_eager(ordered, recipe), batch)
+    network = analyse(eager(ordered, recipe), batch)
     cut, sizes = _best(network, recipe.workspace)
     if not sizes:
         return graph
     reached, after = _reordered(network, cut, sizes[-1], recipe)
-    if reached > (1 - LEAST_GAIN) * _live(ordered, recipe.workspace).max():
+    if reached > (1 - LEAST_GAIN) * live(ordered, recipe.workspace).max():
         return graph
     limit = max(reached, _peaks(network, cut, sizes[-1], recipe.workspace).prefix)
     size = next(size for size in sizes if _peaks(network, cut, size, recipe.workspace).prefix <= limit)
     return after if size == sizes[-1] else _reordered(network, cut, size, recipe)[1]
 
 
-def _batch(graph: Graph) -> int:
-    """The leading size that most inputs share; 0 without inputs."""
-    sizes = [value.type.shape[0] for value in graph.inputs if value.type.shape]
-    return max(sizes, key=sizes.count, default=0)
-
-
-def _eager(graph: Graph, recipe: Recipe) -> Graph:
+def eager(graph: Graph, recipe: Recipe) -> Graph:
     """The graph with every free chain as early as it can run.
 
     Away from the peak `reorder` is content with any order. Here each value is to be counted at its smallest: a mask
@@ -95,21 +87,17 @@ def _best(network: Network, workspace: Workspace) -> tuple[Cut, list[int]]:
 
 def _reordered(network: Network, cut: Cut, size: int, recipe: Recipe) -> tuple[int, Graph]:
     """The split graph in its final order, with its peak: with inputs taken apart first where that is better."""
-    parts = _parts(network.batch, size)
+    parts = parts_of(network.batch, size)
     candidates = [split(network, cut, parts, ahead=ahead) for ahead in (False, True)]
-    best = min(candidates, key=lambda candidate: _live(candidate, recipe.workspace).max())
+    best = min(candidates, key=lambda candidate: live(candidate, recipe.workspace).max())
     after = reorder.run(best, recipe)
-    return int(_live(after, recipe.workspace).max()), after
+    return int(live(after, recipe.workspace).max()), after
 
 
 def _sizes(batch: int, nodes: int) -> list[int]:
     """Micro-batches to choose from, the largest first."""
     powers = [2**exponent for exponent in range(batch.bit_length()) if 2**exponent < batch]
-    return [size for size in reversed(powers) if nodes * len(_parts(batch, size)) <= MOST_NODES]
-
-
-def _parts(batch: int, size: int) -> list[Part]:
-    return [(start, min(size, batch - start)) for start in range(0, batch, size)]
+    return [size for size in reversed(powers) if nodes * len(parts_of(batch, size)) <= MOST_NODES]
 
 
 def _promising(network: Network, workspace: Workspace) -> list[Cut]:
@@ -122,15 +110,15 @@ def _promising(network: Network, workspace: Workspace) -> list[Cut]:
     nodes = tuple(network.roles)
     if not nodes:
         return []
-    live = _live(network.graph, no_workspace)[1:]  # by call: without what the inputs hold before the first
-    shared = _live(network.graph, workspace)[1 : calls[nodes[-1]] + 2]
+    alone = live(network.graph, no_workspace)[1:]  # by call: without what the inputs hold before the first
+    shared = live(network.graph, workspace)[1 : calls[nodes[-1]] + 2]
     rest = np.append(np.maximum.accumulate(shared[::-1])[::-1], 0)
     inputs = sum(value.type.nbytes for value in network.graph.inputs)
     front = 0
     estimates: list[tuple[int, int]] = []
     for count, (node, boundary) in enumerate(zip(nodes, _boundary_bytes(network), strict=True), start=1):
         call = calls[node]
-        front = max(front, (int(live[call]) - inputs) // network.batch + workspace(node))
+        front = max(front, (int(alone[call]) - inputs) // network.batch + workspace(node))
         estimates.append((max(inputs + boundary + front, int(rest[call + 1])), count))
     cuts = (cut_behind(network, nodes[:count]) for _, count in sorted(estimates)[:MOST_CUTS])
     return list({cut.nodes: cut for cut in cuts if cut.nodes}.values())
@@ -156,12 +144,6 @@ def _boundary_bytes(network: Network) -> list[int]:
     return totals
 
 
-def _live(graph: Graph, workspace: Workspace) -> npt.NDArray[np.int64]:
-    planned = [buffer for buffer in dict.fromkeys(buffers(graph).values()) if buffer.state is None]
-    scratch = [Interval(call, call, workspace(node)) for call, node in enumerate(graph.nodes)]
-    return live_bytes([*(Interval(b.first, b.last, b.nbytes) for b in planned), *scratch])
-
-
 class _Peaks(NamedTuple):
     prefix: int  # up to the call that completes the boundary
     rest: int  # from there to the last node that could be in a prefix
@@ -169,9 +151,11 @@ class _Peaks(NamedTuple):
 
 def _peaks(network: Network, cut: Cut, size: int, workspace: Workspace) -> _Peaks:
     """The peaks with micro-batches of that size; those between the second and the last are like the second."""
-    parts = _parts(network.batch, size)
+    parts = parts_of(network.batch, size)
     after = split(network, cut, parts if len(parts) <= 3 else [*parts[:2], parts[-1]])
-    live = _live(after, workspace)
+    bytes_alive = live(after, workspace)
     behind = 2 + max(call for call, node in enumerate(after.nodes) if node.op == "insert")
     tail = next(count for count, node in enumerate(reversed(network.graph.nodes)) if node in network.roles)
-    return _Peaks(int(live[:behind].max()), int(live[behind : 1 + len(after.nodes) - tail].max(initial=0)))
+    return _Peaks(
+        int(bytes_alive[:behind].max()), int(bytes_alive[behind : 1 + len(after.nodes) - tail].max(initial=0))
+    )

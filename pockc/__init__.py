@@ -1,7 +1,7 @@
 """pockc: compile a PyTorch model into a sparse training program that a small C++ runtime runs."""
 
 from pockc.build import build
-from pockc.errors import InternalError, PockcError, UserError
+from pockc.errors import BudgetError, InternalError, PockcError, UserError
 from pockc.memory_report import MemoryReport
 from pockc.optim import SGD, Adam, AdamW, Group, Lion, Optimizer, Schedule
 from pockc.program import Program
@@ -14,6 +14,7 @@ __all__ = [
     "SGD",
     "Adam",
     "AdamW",
+    "BudgetError",
     "Group",
     "InternalError",
     "Lion",

@@ -31,8 +31,9 @@ from pockc.artifact_writer import (
     VERSION,
     write,
 )
-from pockc.errors import UserError
-from pockc.ir import DTYPES, NUMPY_DTYPES, Array, StateKind
+from pockc.compact import COMPACT_DTYPES, decode
+from pockc.errors import UserError, near_names
+from pockc.ir import NUMPY_DTYPES, Array, StateKind, TensorType
 
 MAX_TENSORS, MAX_STATES, MAX_CALLS, MAX_ENTRIES = 1 << 20, 1 << 16, 1 << 20, 64
 MAX_TEXT, MAX_RANK, MAX_OPERANDS, MAX_ATTRIBUTES, MAX_BYTES = 4096, 8, 64, 256, 1 << 40
@@ -53,10 +54,10 @@ class Tensor:
     @property
     def nbytes(self) -> int:
         """Bytes of its contents."""
-        return prod(self.shape) * DTYPES[self.dtype]
+        return TensorType(self.shape, self.dtype).nbytes
 
     def __str__(self) -> str:
-        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+        return str(TensorType(self.shape, self.dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,7 @@ class Call:
 
     @property
     def phase(self) -> str:
-        """``forward``, ``backward`` or ``update``."""
+        """``forward``, ``backward``, ``recompute`` or ``update``."""
         return self.origin.rpartition("[")[2].rstrip("]") if self.origin.endswith("]") else "forward"
 
 
@@ -127,10 +128,23 @@ class Artifact:
     entries: dict[str, Entry]
     data: memoryview = field(repr=False)
 
+    def entry(self, name: str) -> Entry:
+        """The entry of that name. Raises UserError."""
+        if name not in self.entries:
+            raise UserError(
+                f"{self.path} has no entry {name!r}",
+                supported=", ".join(self.entries),
+                instead=near_names(name, self.entries),
+            )
+        return self.entries[name]
+
     def contents(self, state: StateRecord) -> Array:
-        """The initial contents of a state in the user's layout."""
-        raw = np.frombuffer(self.data, NUMPY_DTYPES[state.tensor.dtype], prod(state.tensor.shape), state.initial)
-        stored = raw.reshape(state.tensor.shape)
+        """The initial contents of a state in the user's layout; decoded if it is compact."""
+        shape, dtype = state.tensor.shape, state.tensor.dtype
+        if dtype in COMPACT_DTYPES:
+            stored = decode(np.frombuffer(self.data, np.uint8, state.tensor.nbytes, state.initial), shape, dtype)
+        else:
+            stored = np.frombuffer(self.data, NUMPY_DTYPES[dtype], prod(shape), state.initial).reshape(shape)
         return stored.transpose(np.argsort(state.permutation)) if state.permutation else stored
 
     @cached_property
@@ -172,10 +186,10 @@ def _read_header(path: Path, content: memoryview) -> tuple[str, int]:
         raise _corrupt(path, "is not a .pock file, or its transfer changed line ends")
     if zlib.crc32(content[:28]) != header_crc:
         raise _corrupt(path, "is corrupt: the header's checksum is wrong")
-    if version != VERSION:
+    if not 1 <= version <= VERSION:
         raise UserError(
             f"{path} has format version {version}",
-            supported=f"version {VERSION}",
+            supported=f"versions 1 to {VERSION}",
             instead="Build it again, or update pockc.",
         )
     if len(content) != size:
@@ -282,7 +296,10 @@ class _ProgramReader:
 
     def tensor(self) -> Tensor:
         code, storage, rank, zero = self.array(4, "B")
-        self.require(code < len(DTYPES) and storage < 2 and rank <= MAX_RANK and zero == 0, "a tensor's type is wrong")
+        known = code < len(DTYPE_CODES) and storage < 2 and rank <= MAX_RANK and zero == 0
+        self.require(known, "a tensor's type is wrong")
+        compact = DTYPE_CODES[code] in COMPACT_DTYPES
+        self.require(not compact or (rank >= 2 and storage == 1), "a compact tensor is no frozen weight")
         shape = self.array(rank, "q")
         offset = self.number("Q")
         self.require(all(0 < size <= MAX_BYTES for size in shape), "a tensor's shape is out of range")

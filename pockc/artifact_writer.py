@@ -14,20 +14,22 @@ from typing import Any
 
 import numpy as np
 
+from pockc.compact import COMPACT_DTYPES
 from pockc.errors import InternalError, UserError
 from pockc.ir import DTYPES, Array, Graph, Node, State, StateKind, Value
 from pockc.ops import ENUM_VALUES, OPS
-from pockc.passes.memory import Placement, aligned
+from pockc.passes.lifetimes import storages
+from pockc.passes.memory import aligned
 from pockc.program import Program
 from pockc.program import states as program_states
 
 MAGIC = b"\x89POCK\r\n\x1a"
-VERSION = 1
+VERSION = 2  # of files with compact tensors; without, they are of version 1, which older readers take
 HEADER = struct.Struct("<8sIIQII32s")  # magic, version, sections, file size, table CRC, header CRC, model hash
 SECTION = struct.Struct("<IIQQ")  # id, CRC, offset, size
 SECTION_IDS = {"metadata": 1, "program": 2, "data": 3, "golden": 4}
 ALIGNMENT, DATA_ALIGNMENT = 64, 4096
-DTYPE_CODES = tuple(DTYPES)
+DTYPE_CODES = (*DTYPES, *COMPACT_DTYPES)
 KINDS: tuple[StateKind, ...] = ("parameter", "buffer", "constant", "slot", "counter")
 
 
@@ -58,7 +60,8 @@ def write(program: Program, path: str | Path, *, golden: bytes = b"") -> None:
     if golden:
         sections["golden"] = [golden]
     model_hash = hashlib.sha256(body + tables.signature()).digest()
-    write_atomically(Path(path), _layout(sections, model_hash))
+    version = VERSION if tables.has_compact else 1
+    write_atomically(Path(path), _layout(sections, model_hash, version))
 
 
 def flatten(op: str, attrs: Mapping[str, Any]) -> tuple[list[int], list[float]]:
@@ -120,6 +123,7 @@ class _Tables:
         self.data = _Data()
         self.tensors: dict[bytes, int] = {}
         self.strings: dict[str, int] = {}
+        self.has_compact = False
         read = {
             value.name
             for graph in program.entries.values()
@@ -149,6 +153,7 @@ class _Tables:
 
     def _tensor(self, value: Value, offset: int, in_data: bool) -> int:
         shape = value.type.shape
+        self.has_compact |= value.type.is_compact
         codes = bytes([DTYPE_CODES.index(value.type.dtype), in_data, len(shape), 0])
         row = codes + struct.pack(f"<{len(shape)}qQ", *shape, offset)
         return self.tensors.setdefault(row, len(self.tensors))
@@ -175,13 +180,15 @@ class _Tables:
         offset = self.program.offset(entry, value)
         if offset is not None:
             return offset, False
-        state = self.program.placements[entry].buffer[value].state
+        placement = self.program.placements[entry]
+        state = placement.buffer[value].state
         if state is None:
             raise InternalError(f"{value!r} of {entry} has no place")
-        return self._initial(state, self.program.entries[entry].states[state]), True
+        initial = self._initial(state, self.program.entries[entry].states[state])
+        return initial + placement.shift.get(value, 0), True
 
     def _entry(self, name: str, graph: Graph) -> bytes:
-        placement = self.program.placements[name]
+        placement, storage = self.program.placements[name], storages(graph)
         index: dict[Value, int] = {}
         used = [*graph.inputs, *graph.results(), *(v for n in graph.nodes for v in (*n.inputs, *n.outputs))]
         for value in dict.fromkeys(used):
@@ -189,15 +196,11 @@ class _Tables:
         calls = [
             self._call(node, index, workspace)
             for node, workspace in zip(graph.nodes, placement.workspace, strict=True)
-            if not self._is_free_view(node, placement)
+            if storage[node.outputs[0]] is node.outputs[0]  # views are there already
         ]
         inputs = _list(_argument(value.name, index[value]) for value in graph.inputs)
         outputs = _list(_argument(key, index[value]) for key, value in graph.outputs.items())
         return _text(name) + inputs + outputs + _list(calls)
-
-    @staticmethod
-    def _is_free_view(node: Node, placement: Placement) -> bool:
-        return OPS[node.op].view and placement.buffer[node.inputs[0]] is placement.buffer[node.outputs[0]]
 
     def _call(self, node: Node, index: Mapping[Value, int], workspace: tuple[int, int]) -> bytes:
         phase = node.origin.phase
@@ -234,7 +237,9 @@ def _argument(name: str, tensor: int) -> bytes:
     return _text(name) + struct.pack("<I", tensor)
 
 
-def _layout(sections: Mapping[str, list[bytes | memoryview]], model_hash: bytes) -> Iterator[bytes | memoryview]:
+def _layout(
+    sections: Mapping[str, list[bytes | memoryview]], model_hash: bytes, version: int
+) -> Iterator[bytes | memoryview]:
     """The bytes of the file in order: header, section table, sections at their alignment."""
     table: list[bytes] = []
     body: list[bytes | memoryview] = []
@@ -250,7 +255,7 @@ def _layout(sections: Mapping[str, list[bytes | memoryview]], model_hash: bytes)
         body += [bytes(padding), *chunks]
         position += padding + size
     joined = b"".join(table)
-    head = HEADER.pack(MAGIC, VERSION, len(sections), position, zlib.crc32(joined), 0, bytes(32))[:28]
+    head = HEADER.pack(MAGIC, version, len(sections), position, zlib.crc32(joined), 0, bytes(32))[:28]
     yield head + struct.pack("<I", zlib.crc32(head)) + model_hash + joined
     yield from body
 

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 
-from pockc.errors import UserError
+from pockc.budget import Alternative, advised, within
+from pockc.errors import BudgetError, UserError, near_names
 from pockc.ir import Graph
 from pockc.losses import LOSSES
 from pockc.optim import AdamW, Optimizer
 from pockc.passes import memory
-from pockc.pipeline import ACCUMULATE, COMMON, EVAL, INFER, LOWER, TRAIN, Manager, Pass
+from pockc.passes.channel_chains import tiles_of
+from pockc.passes.lifetimes import update_chains
+from pockc.pipeline import ACCUMULATE, COMMON, EVAL, INFER, LOWER, TOGETHER, TRAIN, Manager, Pass
 from pockc.program import Program, place_states
-from pockc.recipe import BatchNorm, Recipe, StateDtype
+from pockc.recipe import BatchNorm, FrozenDtype, Recipe, StateDtype
 from pockc.scheme import Channels, Scheme, detect_family, resolve
 from pockc.targets import devices
 from pockc.targets.native import NATIVE, workspace_of
 
+Inputs = Mapping[str, Any] | tuple[Any, ...]
+ENTRIES = ("train_step", "eval_step", "infer")
+
 
 def build(
     model: Any,
-    example_inputs: Mapping[str, Any] | tuple[Any, ...],
+    example_inputs: Inputs,
     loss: str | Callable[..., Any] | None = "cross_entropy",
     optimizer: Optimizer | None = None,
     scheme: str | Path | Scheme = "full",
@@ -36,8 +43,12 @@ def build(
     state_dtype: StateDtype = "f32",
     loss_options: Mapping[str, float] | None = None,
     seed: int = 0,
+    memory_budget: int | None = None,
+    micro_batch: int = 0,
     disabled: frozenset[str] = frozenset(),
     compare_full: bool = False,
+    frozen_dtype: FrozenDtype = "f32",
+    entries: Collection[str] = ENTRIES,
 ) -> Program:
     """Compile one training step of a PyTorch model.
 
@@ -54,22 +65,80 @@ def build(
         state_dtype: how optimizer slots are stored: ``f32``, or ``int8``, a byte each and a scale for every 256.
         loss_options: ``label_smoothing``, ``ignore_index`` (cross entropy), ``delta`` (huber).
         seed: of dropout and of random channel selections in presets.
+        memory_budget: bytes that arena and mapped weights may occupy together. The fastest program within it is built,
+            by computing activations again and by micro-batches whose gradients add up; without a budget, activations
+            are computed again where that costs next to nothing.
+        micro_batch: samples that run through the training step at a time; 0: all, or what a budget needs.
         disabled: names of optional passes to switch off.
         compare_full: also plan the scheme ``full``, and keep its memory in the metadata for comparison.
+        frozen_dtype: how the program stores large frozen weights: ``f32``, ``bf16``, ``int8`` (a scale per output
+            channel) or ``int4`` (a scale per 32 elements). Kernels decode them; what is trained stays float32.
+        entries: what the program can do: ``train_step``, which is always there, ``eval_step`` and ``infer``. The arena
+            has room for the largest of them.
 
     Returns:
         The program: ``save`` it, look at ``memory`` and ``text("train_step")``.
 
     Raises:
         UserError: something in the model, scheme or options is not supported, or makes no sense together.
+        BudgetError: nothing fits the memory budget; ``smallest`` is the least that something does fit.
     """
+    optimizer = optimizer or AdamW()
+    _check_options(loss, batchnorm, accumulation, frozen_dtype)
+    _check_state_dtype(state_dtype, optimizer)
+    _check_entries(entries)
+    if memory_budget is not None and memory_budget <= 0:
+        raise UserError(f"the memory budget is {memory_budget} bytes; it must be above 0")
+    options = Options(
+        loss=loss,
+        optimizer=optimizer,
+        scheme=scheme,
+        batchnorm=batchnorm,
+        device=device,
+        accumulation=accumulation,
+        state_dtype=state_dtype,
+        loss_options=dict(loss_options or {}),
+        seed=seed,
+        memory_budget=memory_budget,
+        micro_batch=micro_batch,
+        disabled=disabled,
+        compare_full=compare_full,
+        frozen_dtype=frozen_dtype,
+        entries=tuple(entries),
+    )
+    try:
+        return _build(model, example_inputs, options)
+    except BudgetError as error:
+        raise advised(error, _alternatives(model, example_inputs, options)) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What `build` was asked for, beside model and inputs."""
+
+    loss: str | Callable[..., Any] | None
+    optimizer: Optimizer
+    scheme: str | Path | Scheme
+    batchnorm: BatchNorm
+    device: str
+    accumulation: int
+    state_dtype: StateDtype
+    loss_options: Mapping[str, float]
+    seed: int
+    memory_budget: int | None
+    micro_batch: int
+    disabled: frozenset[str]
+    compare_full: bool
+    frozen_dtype: FrozenDtype
+    entries: tuple[str, ...]
+
+
+def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
     from pockc.frontend.torch import trace  # torch is an extra: only building needs it
 
-    optimizer = optimizer or AdamW()
-    _check_options(loss, batchnorm, accumulation)
-    _check_state_dtype(state_dtype, optimizer)
     started = time.perf_counter()
-    target = devices.find(device)
+    loss, batchnorm = options.loss, options.batchnorm
+    target = devices.find(options.device)
     imported = trace(model, example_inputs, loss=loss, batchnorm=batchnorm)
     needs_eval_graph = bool(getattr(model, "training", False)) or batchnorm == "train"
     evaluated = (
@@ -89,68 +158,98 @@ def build(
         return resolve(chosen, parameters, modules=modules, family=family, aliases=aliases, frozen=frozen)
 
     recipe = Recipe(
-        trained=resolved(scheme),
-        optimizer=optimizer,
+        trained=resolved(options.scheme),
+        optimizer=options.optimizer,
         loss=loss if isinstance(loss, str) else None,
-        loss_options=dict(loss_options or {}),
+        loss_options=options.loss_options,
         batchnorm=batchnorm,
-        accumulation=accumulation,
-        state_dtype=state_dtype,
+        accumulation=options.accumulation,
+        state_dtype=options.state_dtype,
+        frozen_dtype=options.frozen_dtype,
         threads=target.threads,
         workspace=workspace_of(target.threads),
+        micro_batch=options.micro_batch,
         updated_buffers=frozenset(state.name for state in imported.graph.updates),
-        disabled=disabled,
+        disabled=options.disabled,
     )
-    manager = Manager(recipe, NATIVE.supports)
-    graphs = imported.graph, evaluated.graph if evaluated else None
-    program, without_gradient = _plan(manager, graphs, seed)
+
+    def planned(recipe: Recipe) -> Program:
+        return _plan(recipe, imported.graph, evaluated.graph if evaluated else None, options.seed, options.entries)
+
+    budget = options.memory_budget
+    program = planned(recipe) if budget is None else within(budget, recipe, planned)
+    without_gradient = program.metadata["without_gradient"]
     metadata = {
         "model": type(model).__name__,
         "family": family,
-        "scheme": str(scheme),
+        "scheme": str(options.scheme),
         "loss": loss if isinstance(loss, str) else ("callable" if loss else "model"),
         "classifies": isinstance(loss, str) and LOSSES[loss].classifies,
-        "optimizer": _describe(optimizer),
-        "state_dtype": state_dtype,
+        "optimizer": _describe(options.optimizer),
+        "state_dtype": options.state_dtype,
         "batchnorm": batchnorm,
+        "frozen_dtype": options.frozen_dtype,
         "device": target.name,
         "aliases": dict(imported.aliases),
         "trained": [name for name in recipe.trained if name not in without_gradient],
-        "without_gradient": sorted(without_gradient),
         "trained_elements": _trained_elements(program.entries["train_step"]),
         "parameters": {name: list(shape) for name, shape in parameters.items()},
         "buffers": _persistent_buffers(model, parameters, imported.aliases),
-        "passes": [
-            {"entry": entry, "pass": name, "ms": round(ms, 3), "nodes": nodes}
-            for entry, name, ms, nodes in manager.timings
-        ],
+        **program.metadata,
         "build_seconds": round(time.perf_counter() - started, 3),
     }
-    if compare_full:
-        full = replace(recipe, trained=resolved("full"))
-        planned = program if full.trained == recipe.trained else _plan(Manager(full, NATIVE.supports), graphs, seed)[0]
-        metadata["full_memory"] = planned.memory.totals()
+    if options.compare_full:
+        full = replace(recipe, trained=resolved("full"), decisions={})
+        memory_of_full = program if full.trained == recipe.trained and budget is None else planned(full)
+        metadata["full_memory"] = memory_of_full.memory.totals()
     return replace(program, metadata=metadata)
 
 
-def _plan(manager: Manager, graphs: tuple[Graph, Graph | None], seed: int) -> tuple[Program, set[str]]:
-    """A program without metadata from training and evaluation graph; the trained parameters without a gradient."""
-    threads = manager.recipe.threads
-    entries, without_gradient = _entries(manager, *graphs, seed)
-    placements = {name: memory.run(graph, workspace_of(threads)) for name, graph in entries.items()}
+def _alternatives(model: Any, example_inputs: Inputs, options: Options) -> Iterator[Alternative]:
+    """Schemes, batch sizes and image sizes that may fit where the user's do not."""
+    options = replace(options, compare_full=False)
+    for scheme in ("sparse", "bias-only", "head"):
+        if scheme != options.scheme:
+            yield Alternative(
+                f"scheme {scheme}", partial(_build, model, example_inputs, replace(options, scheme=scheme))
+            )
+    tensors = list(example_inputs.values() if isinstance(example_inputs, Mapping) else example_inputs)
+    batch = tensors[0].shape[0] if tensors and tensors[0].shape else 1
+    for size in sorted({batch // 2, 1} - {0, batch}, reverse=True):
+        fewer = _mapped(example_inputs, lambda x, size=size: x[:size] if x.shape[:1] == (batch,) else x)
+        yield Alternative(f"batch size {size}", partial(_build, model, fewer, options))
+    images = [x for x in tensors if len(x.shape) == 4 and x.shape[2] == x.shape[3] >= 64]
+    for pixels in (images[0].shape[2] // 2,) if images else ():
+        smaller = _mapped(example_inputs, lambda x, n=pixels: x[:, :, :n, :n] if len(x.shape) == 4 else x)
+        yield Alternative(f"images of {pixels} by {pixels} pixels", partial(_build, model, smaller, options))
+
+
+def _mapped(example_inputs: Inputs, function: Callable[..., Any]) -> Inputs:
+    if isinstance(example_inputs, Mapping):
+        return {name: function(value) for name, value in example_inputs.items()}
+    return tuple(map(function, example_inputs))
+
+
+def _plan(recipe: Recipe, train_graph: Graph, eval_graph: Graph | None, seed: int, wanted: Collection[str]) -> Program:
+    """A program from training and evaluation graph, whose metadata says what the passes did."""
+    manager = Manager(recipe, NATIVE.supports)
+    entries, without_gradient = _entries(manager, train_graph, eval_graph, seed, wanted)
+    placements = {name: memory.run(graph, recipe.workspace) for name, graph in entries.items()}
     state_offset, state_bytes = place_states(entries)
     transient = max(placement.nbytes for placement in placements.values())
-    program = Program(
+    timings = [
+        {"entry": entry, "pass": name, "ms": round(ms, 3), "nodes": nodes} for entry, name, ms, nodes in manager.timings
+    ]
+    return Program(
         entries=entries,
         placements=placements,
         state_offset=state_offset,
         state_bytes=state_bytes,
         arena_bytes=state_bytes + transient,
-        max_threads=threads,
-        accumulation=manager.recipe.accumulation,
-        metadata={},
+        max_threads=recipe.threads,
+        accumulation=recipe.accumulation,
+        metadata={"without_gradient": sorted(without_gradient), "memory_plan": recipe.decisions, "passes": timings},
     )
-    return program, without_gradient
 
 
 def _persistent_buffers(model: Any, parameters: Mapping[str, Any], aliases: Mapping[str, str]) -> list[str]:
@@ -158,9 +257,11 @@ def _persistent_buffers(model: Any, parameters: Mapping[str, Any], aliases: Mapp
     return [name for name in model.state_dict() if name not in parameters and name not in aliases]
 
 
-def _check_options(loss: object, batchnorm: str, accumulation: int) -> None:
+def _check_options(loss: object, batchnorm: str, accumulation: int, frozen_dtype: str) -> None:
     if batchnorm not in get_args(BatchNorm):
         raise UserError(f"batchnorm is {batchnorm!r}", supported=", ".join(get_args(BatchNorm)))
+    if frozen_dtype not in get_args(FrozenDtype):
+        raise UserError(f"frozen_dtype is {frozen_dtype!r}", supported=", ".join(get_args(FrozenDtype)))
     if accumulation < 1:
         raise UserError(f"accumulation is {accumulation}; it counts micro-steps and is at least 1")
     if not (loss is None or isinstance(loss, str) or callable(loss)):
@@ -179,15 +280,31 @@ def _check_state_dtype(state_dtype: str, optimizer: Optimizer) -> None:
         )
 
 
+def _check_entries(entries: Collection[str]) -> None:
+    supported = ", ".join(ENTRIES)
+    if isinstance(entries, str):
+        raise UserError(f"entries is the text {entries!r}", supported=f"a list or tuple of {supported}")
+    if unknown := [name for name in entries if name not in ENTRIES]:
+        raise UserError(
+            f"there is no entry {unknown[0]!r}", supported=supported, instead=near_names(unknown[0], ENTRIES)
+        )
+    if "train_step" not in entries:
+        raise UserError(
+            "the entries leave out train_step, without which there is nothing to train",
+            supported=supported,
+            instead="Add train_step.",
+        )
+
+
 def _batchnorm_scales(modules: Mapping[str, str]) -> frozenset[str]:
     """The gammas of all batch norms: policy ``fold`` freezes them."""
     return frozenset(f"{path}.weight" for path, kind in modules.items() if "BatchNorm" in kind)
 
 
 def _entries(
-    manager: Manager, train_graph: Graph, eval_graph: Graph | None, seed: int
+    manager: Manager, train_graph: Graph, eval_graph: Graph | None, seed: int, wanted: Collection[str]
 ) -> tuple[dict[str, Graph], set[str]]:
-    """All entry graphs, scheduled, and the trained parameters that no gradient reaches."""
+    """The wanted entry graphs, scheduled, and the trained parameters that no gradient reaches."""
     common = manager.run("common", COMMON, _seeded(train_graph, seed))
     quiet = manager.run("common-eval", COMMON, eval_graph) if eval_graph is not None else common
     has_loss = manager.recipe.loss is not None
@@ -197,15 +314,17 @@ def _entries(
 
     entries = {"train_step": entry("train_step", TRAIN, common)}
     planned = memory.run(entries["train_step"], manager.recipe.workspace).nbytes
-    manager.recipe = replace(manager.recipe, sufficient=planned)
+    tiles = tiles_of(entries["train_step"])
+    manager.recipe = replace(manager.recipe, sufficient=planned, tiles=tiles)
     if manager.recipe.accumulation > 1:
         entries["accumulate"] = entry("accumulate", ACCUMULATE, common)
-    entries["eval_step"] = entry("eval_step", EVAL, _without_updates(quiet))
+    if "eval_step" in wanted:
+        entries["eval_step"] = entry("eval_step", EVAL, _without_updates(quiet))
     predictions = {n: v for n, v in quiet.outputs.items() if has_loss or n != "loss"}
-    if predictions:
+    if predictions and "infer" in wanted:
         entries["infer"] = entry("infer", INFER, _only(_without_updates(quiet), predictions))
     updated = {state.name for state in entries["train_step"].updates}
-    return entries, {name for name in manager.recipe.trained if name not in updated}
+    return manager.run_together(TOGETHER, entries), {name for name in manager.recipe.trained if name not in updated}
 
 
 def _seeded(graph: Graph, seed: int) -> Graph:
@@ -240,7 +359,7 @@ def _trained_elements(graph: Graph) -> int:
     """How many numbers a step updates: of a channel-sparse weight only the selected part counts."""
     makers = graph.producers()
     total = 0
-    for state, value in graph.updates.items():
+    for state, chain in update_chains(graph).items():
         if graph.states[state].kind == "parameter":
-            total += makers[value].inputs[1].type.elements
+            total += sum(makers[value].inputs[1].type.elements for value in chain)
     return total

@@ -13,6 +13,7 @@ from safetensors.numpy import save as save_bytes
 
 from pockc.artifact import Artifact, read
 from pockc.artifact_writer import write_atomically
+from pockc.compact import COMPACT_DTYPES
 from pockc.errors import UserError
 from pockc.ir import Array
 
@@ -52,7 +53,8 @@ def export(
 
     Trained ones come from the checkpoint (or have their initial values), frozen ones from the program; those that no
     entry of the program reads as they are (the build folded them into constants) come from ``base``, the model's
-    original weights, or are left out. Tied tensors are written under each of their names. With the model's own
+    original weights, or are left out. So do those that the program stores in fewer bytes; without ``base`` they are
+    decoded, as `decoded_names` tells. Tied tensors are written under each of their names. With the model's own
     ``state_dict`` as ``base`` the file loads strictly.
 
     Returns:
@@ -67,6 +69,7 @@ def export(
     aliases: Mapping[str, str] = metadata.get("aliases", {})
     stored = {*metadata.get("parameters", ()), *metadata.get("buffers", ())}  # others the model makes by itself
     own = {state.name: artifact.contents(state) for state in artifact.states if state.name in stored}
+    inexact = {state.name for state in artifact.states if state.tensor.dtype in COMPACT_DTYPES}
     if checkpoint:
         tuned = read_checkpoint(checkpoint, artifact)
         own |= {name: tuned[name] for name in own if name in tuned}
@@ -76,11 +79,24 @@ def export(
                 f"{base}: {name} has shape {list(tensors[name].shape)}, the program's has {list(array.shape)}",
                 instead="Give the weights of the model that was built as --base.",
             )
-    tensors |= own
+    tensors |= {name: array for name, array in own.items() if name not in inexact or name not in tensors}
     tensors |= {other: tensors[name] for other, name in aliases.items() if name in tensors}
     contiguous = {name: array.copy(order="C") for name, array in tensors.items()}
     write_atomically(Path(output), [save_bytes(contiguous, metadata={"format": "pt"})])
     return [name for name in metadata.get("omitted", ()) if name in stored and name not in tensors]
+
+
+def decoded_names(program: str | Path, base: str | Path | None = None) -> list[str]:
+    """The frozen parameters and buffers of which an export has but what the program's compact storage kept.
+
+    Raises:
+        UserError: a file is missing or corrupt.
+    """
+    artifact = read(program)
+    known = _parse(base, _file_bytes(base)) if base else {}
+    stored = {*artifact.metadata.get("parameters", ()), *artifact.metadata.get("buffers", ())}
+    compact = (state.name for state in artifact.states if state.tensor.dtype in COMPACT_DTYPES)
+    return [name for name in compact if name in stored and name not in known]
 
 
 def _file_bytes(path: str | Path) -> bytes:

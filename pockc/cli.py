@@ -1,10 +1,12 @@
-"""The command line: ``pockc build | inspect | verify | export | devices``."""
+"""The command line: ``pockc build | inspect | verify | bench | export | devices``."""
 
 from __future__ import annotations
 
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -12,7 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 import pockc
+from pockc.artifact_writer import write_atomically
+from pockc.cli_options import BUILT_FROM, FUNCTION, Choices, record, with_choices
 from pockc.errors import InternalError, UserError
+from pockc.targets import devices
 
 app = typer.Typer(
     help="Compile PyTorch models into sparse fine-tuning programs that run on small devices without Python.",
@@ -21,28 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Model = Annotated[str, typer.Argument(help="A function that returns (model, example_inputs), as model.py:make.")]
-SchemeText = Annotated[
-    str, typer.Option(help="full, bias-only, head, last-k:N, sparse, joined with +, or a YAML file.")
-]
-OptimizerName = Annotated[str, typer.Option("--optimizer", help="sgd, adam, adamw or lion.")]
-LearningRate = Annotated[float | None, typer.Option(help="Base learning rate; default: the optimizer's.")]
-LossName = Annotated[
-    str, typer.Option("--loss", help="A named loss, `model` if the model returns its loss, or file.py:function.")
-]
-BatchSize = Annotated[int | None, typer.Option(min=1, help="Passed to the function as batch_size.")]
-BatchNormPolicy = Annotated[str, typer.Option("--batchnorm", help="fold, freeze or train.")]
-ClipNorm = Annotated[float | None, typer.Option(help="Clip gradients by this global norm.")]
-Accumulate = Annotated[int, typer.Option(min=1, help="Micro-steps whose mean gradient makes one optimizer step.")]
-WeightDecay = Annotated[float | None, typer.Option(help="Default: the optimizer's.")]
-StateDtype = Annotated[str, typer.Option(help="f32, or int8: a byte per element of momenta and second moments.")]
-Momentum = Annotated[float | None, typer.Option(help="Of sgd.")]
-ScheduleKind = Annotated[str, typer.Option("--schedule", help="constant, linear, cosine or step.")]
-Warmup = Annotated[int, typer.Option(min=0, help="Steps over which the learning rate grows to its base.")]
-TotalSteps = Annotated[int, typer.Option(min=0, help="Optimizer steps until linear and cosine schedules end.")]
-StepSize = Annotated[int, typer.Option(min=0, help="Optimizer steps between drops of the step schedule.")]
-Seed = Annotated[int, typer.Option(help="Of dropout; of `verify`, of its data.")]
-LabelSmoothing = Annotated[float, typer.Option(min=0.0, max=1.0, help="Of cross entropy.")]
+Device = Annotated[str, typer.Option(help="A name of `pockc devices`.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -54,26 +38,10 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 @app.command()
+@with_choices()
 def build(
-    model: Model,
-    scheme: SchemeText = "full",
-    optimizer: OptimizerName = "adamw",
-    learning_rate: LearningRate = None,
-    loss: LossName = "cross_entropy",
-    batch_size: BatchSize = None,
-    batchnorm: BatchNormPolicy = "fold",
-    device: Annotated[str, typer.Option(help="A name of `pockc devices`.")] = "x86-64",
-    clip_norm: ClipNorm = None,
-    accumulate: Accumulate = 1,
-    weight_decay: WeightDecay = None,
-    momentum: Momentum = None,
-    state_dtype: StateDtype = "f32",
-    schedule: ScheduleKind = "constant",
-    warmup: Warmup = 0,
-    total_steps: TotalSteps = 0,
-    step_size: StepSize = 0,
-    seed: Seed = 0,
-    label_smoothing: LabelSmoothing = 0.0,
+    choices: Choices,
+    device: Device = devices.DEFAULT,
     selftest: Annotated[bool, typer.Option(help="Store inputs and outputs for `pock-run selftest`.")] = True,
     compare_full: Annotated[bool, typer.Option(help="Also plan full backpropagation, to compare memory.")] = True,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for model.pock and pock-run.")] = Path("out"),
@@ -81,28 +49,20 @@ def build(
     """Compile a model into a training program."""
     from pockc.build import build as build_program  # the compiler loads what the other commands do without
     from pockc.frontend.torch_parity import named_arrays
-    from pockc.targets import devices
     from pockc.targets.native import copy_runner
 
     board = devices.find(device)
-    options = _options(
-        model, scheme, batchnorm, loss, optimizer, learning_rate, batch_size, clip_norm, weight_decay, momentum,
-        (schedule, warmup, total_steps, step_size), label_smoothing,
-    )  # fmt: skip
-    program = build_program(
-        **options,
-        device=device,
-        accumulation=accumulate,
-        state_dtype=state_dtype,  # type: ignore[arg-type] # checked by build
-        seed=seed,
-        compare_full=compare_full,
-    )
+    arguments = choices.arguments()
+    program = build_program(**arguments, device=device, compare_full=compare_full)
+    metadata = {**program.metadata, BUILT_FROM: record(choices, arguments["scheme"])}
+    program = replace(program, metadata=metadata)
     file = output / "model.pock"
-    program.save(file, golden=named_arrays(options["model"], options["example_inputs"]) if selftest else None)
+    examples = named_arrays(arguments["model"], arguments["example_inputs"]) if selftest else None
+    program.save(file, golden=examples)
     console = Console()
     from pockc.inspect import print_summary
 
-    print_summary(console, {**program.metadata, "memory": program.memory.as_json()})
+    print_summary(console, {**metadata, "memory": program.memory.as_json()})
     console.print(f"Wrote {file} ({file.stat().st_size / 2**20:.1f} MiB)", soft_wrap=True, highlight=False)
     try:
         runner = copy_runner(board, output)
@@ -139,46 +99,43 @@ def inspect(
 
 
 @app.command()
+@with_choices()
 def verify(
-    model: Model,
-    scheme: SchemeText = "full",
-    optimizer: OptimizerName = "adamw",
-    learning_rate: LearningRate = None,
-    loss: LossName = "cross_entropy",
-    batch_size: BatchSize = None,
-    batchnorm: BatchNormPolicy = "fold",
-    clip_norm: ClipNorm = None,
-    accumulate: Accumulate = 1,
-    weight_decay: WeightDecay = None,
-    momentum: Momentum = None,
-    schedule: ScheduleKind = "constant",
-    warmup: Warmup = 0,
-    total_steps: TotalSteps = 0,
-    step_size: StepSize = 0,
-    seed: Seed = 0,
-    label_smoothing: LabelSmoothing = 0.0,
+    choices: Choices,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps to compare.")] = 10,
     reference_kernels: Annotated[bool, typer.Option(help="Use the plain kernels only.")] = False,
 ) -> None:
     """Train a few steps here and in PyTorch, and compare. Exit code 1 where they differ too much."""
     from pockc.parity import verify_against_torch
 
-    options = _options(
-        model, scheme, batchnorm, loss, optimizer, learning_rate, batch_size, clip_norm, weight_decay, momentum,
-        (schedule, warmup, total_steps, step_size), label_smoothing,
-    )  # fmt: skip
-    parity = verify_against_torch(
-        **options,
-        accumulation=accumulate,
-        steps=steps,
-        seed=seed,
-        reference_kernels=reference_kernels,
-    )
+    parity = verify_against_torch(**choices.arguments(), steps=steps, reference_kernels=reference_kernels)
     from pockc.inspect import print_parity
 
     print_parity(Console(), parity)
     if not parity.passed:
         raise typer.Exit(1)
+
+
+@app.command()
+@with_choices(f"A .pock file, then without the options of a build. Or: {FUNCTION[0].lower()}{FUNCTION[1:]}")
+def bench(
+    choices: Choices,
+    device: Device = devices.DEFAULT,
+    entry: Annotated[str, typer.Option(help="Which entry to run.")] = "train_step",
+    steps: Annotated[int, typer.Option(min=1, help="Steps to time, after a few to warm up.")] = 20,
+    threads: Annotated[int, typer.Option(min=1, help="Of the runtime.")] = 1,
+    ablate: Annotated[bool, typer.Option("--ablate", help="Show what each pass buys: builds without each.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+) -> None:
+    """Time steps on made-up inputs, and show the memory that they take."""
+    from pockc import cli_bench
+
+    source = cli_bench.source_of(choices, device)
+    console = Console()
+    figures = (cli_bench.ablate if ablate else cli_bench.measure)(source, console, entry, steps, threads)
+    if json_file is not None:
+        write_atomically(json_file, [json.dumps(figures, indent=2).encode() + b"\n"])
+        console.print(f"Wrote {json_file}", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -193,11 +150,16 @@ def export(
     ] = None,
 ) -> None:
     """Write tuned parameters under their original names, for the original model to load."""
+    from pockc.checkpoint import decoded_names
     from pockc.checkpoint import export as export_parameters
 
     missing = export_parameters(file, output, checkpoint=checkpoint, base=base)
     console = Console()
     console.print(f"Wrote {output}", soft_wrap=True, highlight=False)
+    if inexact := decoded_names(file, base):
+        what = f"{len(inexact)} frozen tensors are approximations, decoded from what the program stores of them"
+        lacking = f"{base} lacks {inexact[0]}" if base else f"{inexact[0]} for instance; --base gives the original ones"
+        console.print(Text(f"Note: {what}: {lacking}.", style="yellow"), soft_wrap=True)
     if missing:
         what = f"{len(missing)} of the model's tensors are not in the program"
         lacking = f"{base} lacks {missing[0]}" if base else f"{missing[0]} for instance; --base adds them"
@@ -205,60 +167,16 @@ def export(
         console.print(Text(note, style="yellow"), soft_wrap=True)
 
 
-@app.command()
-def devices() -> None:
+@app.command("devices")
+def list_devices() -> None:
     """List the known devices."""
-    from pockc.targets.devices import DEVICES
-
     table = Table("name", "toolchain", "CPU features", "threads", "memory", "target", "dtype")
-    for device in DEVICES.values():
+    for device in devices.DEVICES.values():
         memory = f"{device.memory_bytes / 2**30:.0f} GiB" if device.memory_bytes else "varies"
         features = " ".join(device.features)
         row = (device.name, device.triple, features, str(device.threads), memory, device.target, device.dtype)
         table.add_row(*row)
     Console().print(table)
-
-
-def _options(
-    model: str,
-    scheme: str,
-    batchnorm: str,
-    loss: str,
-    optimizer: str,
-    learning_rate: float | None,
-    batch_size: int | None,
-    clip_norm: float | None,
-    weight_decay: float | None,
-    momentum: float | None,
-    schedule: tuple[str, int, int, int],
-    label_smoothing: float,
-) -> dict[str, Any]:
-    """Keyword arguments that `build` and `verify_against_torch` have in common."""
-    from pockc.cli_model import load_model, make_loss, make_optimizer
-    from pockc.optim import Schedule
-    from pockc.scheme import Scheme
-
-    kind, warmup, total_steps, step_size = schedule
-    settings = make_optimizer(
-        optimizer,
-        learning_rate=learning_rate,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        clip_norm=clip_norm,
-        schedule=Schedule(kind, warmup, total_steps, step_size),  # type: ignore[arg-type] # checked by Schedule
-    )
-    chosen_scheme = Scheme.load(scheme)
-    chosen_loss = make_loss(loss)
-    network, example_inputs = load_model(model, batch_size)
-    return {
-        "model": network,
-        "example_inputs": example_inputs,
-        "scheme": chosen_scheme,
-        "batchnorm": batchnorm,
-        "loss": chosen_loss,
-        "optimizer": settings,
-        "loss_options": {"label_smoothing": label_smoothing} if label_smoothing else {},
-    }
 
 
 def main() -> None:

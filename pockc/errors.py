@@ -26,6 +26,14 @@ class UserError(PockcError):
         super().__init__(" ".join(part if part.endswith((".", "?")) else part + "." for part in parts))
 
 
+class BudgetError(UserError):
+    """No program fits the memory budget. ``smallest`` is the least budget that one does, in bytes."""
+
+    def __init__(self, found: str, *, smallest: int, instead: str = "") -> None:
+        super().__init__(found, instead=instead)
+        self.smallest = smallest
+
+
 class InternalError(PockcError):
     """A broken invariant inside pockc: names the pass and the dump. Please report it."""
 

@@ -1,4 +1,4 @@
-"""What `pockc inspect`, `build` and `verify` print."""
+"""What `pockc inspect`, `build`, `verify` and `bench` print."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
+from pockc.ablation import Ablation, Variant
 from pockc.artifact import Artifact, Entry
-from pockc.errors import UserError, near_names
+from pockc.bench import Measurement
 from pockc.memory_page import write_page
 from pockc.parity import LOSS_TOLERANCE, TENSOR_TOLERANCE, Parity
 
@@ -20,7 +21,7 @@ _ROWS = 15  # of a table; the page has them all
 
 def text(artifact: Artifact, entry: str) -> str:
     """The text IR of an entry."""
-    _entry(artifact, entry)
+    artifact.entry(entry)
     return str(artifact.metadata.get("text", {}).get(entry, ""))
 
 
@@ -35,13 +36,15 @@ def print_summary(console: Console, metadata: Mapping[str, Any]) -> None:
 
 def print_tables(console: Console, artifact: Artifact, entry: str) -> None:
     """The program as tables: options, memory, tensors at the peak, memory by module, the entry's calls by op."""
-    chosen = _entry(artifact, entry)
+    chosen = artifact.entry(entry)
     memory = artifact.metadata["memory"]
     console.print(_program_table(artifact.metadata), _memory_table(memory), sep="\n")
     _print_rows(console, "Tensors at the peak", ("tensor", "type", "size", "kind", "module", "source"), _peak(memory))
     _print_rows(console, "Peak memory by module", ("module", "size"), _by_module(memory))
     _print_rows(console, f"Tensors of {entry}", ("role", "name", "type"), _arguments(chosen))
-    _print_rows(console, f"Calls of {entry} by op", ("op", "forward", "backward", "update"), _calls(chosen))
+    _print_rows(
+        console, f"Calls of {entry} by op", ("op", "forward", "backward", "recompute", "update"), _calls(chosen)
+    )
 
 
 def print_parity(console: Console, parity: Parity) -> None:
@@ -65,6 +68,61 @@ def print_parity(console: Console, parity: Parity) -> None:
     )
 
 
+def print_measurement(console: Console, program: str, measured: Measurement) -> None:
+    """Time and memory of a program's steps."""
+    times, memory = measured.times.as_json(), measured.memory
+    what = f"{len(measured.times.cpu)} times {measured.entry} of {program}"
+    table = Table("", "median", "95th percentile", title=f"{what}: batch {measured.batch}, threads {measured.threads}")
+    for label, clock in (("CPU time, ms", "cpu"), ("wall time, ms", "wall")):
+        table.add_row(label, f"{times[f'{clock}_ms_median']:.3f}", f"{times[f'{clock}_ms_p95']:.3f}")
+    table.add_row("samples per second", f"{measured.samples_per_second:.1f}", "")
+    console.print(table)
+    sizes = Table(show_header=False, title="Memory")
+    sizes.add_row("planned peak", size(measured.planned_bytes))
+    sizes.add_row("arena", size(memory.arena_bytes))
+    sizes.add_row("of it, used", size(memory.used_peak_bytes))
+    sizes.add_row("weights mapped from the file", size(memory.mapped_bytes))
+    console.print(sizes)
+
+
+def print_ablation(console: Console, program: str, ablation: Ablation) -> None:
+    """What each pass buys; the program with all of them on top."""
+    title = f"{program} without one pass at a time: {ablation.entry}, threads {ablation.threads}"
+    table = Table(
+        Column("without", no_wrap=True),
+        "planned peak",
+        "difference",
+        "CPU ms per step",
+        "difference",
+        "build s",
+        title=title,
+    )
+    base = ablation.baseline
+    table.add_row("nothing", size(base.peak_bytes), "", f"{base.cpu_ms:.3f}", "", _seconds(base), end_section=True)
+    for variant in ablation.variants:
+        if variant.problem:
+            table.add_row(variant.without, "impossible")
+            continue
+        more_bytes, more_ms = variant.peak_bytes - base.peak_bytes, variant.cpu_ms - base.cpu_ms
+        table.add_row(
+            variant.without,
+            size(variant.peak_bytes),
+            "same program" if variant.same_program else _change(f"{size(more_bytes)}", more_bytes / base.peak_bytes),
+            f"{variant.cpu_ms:.3f}",
+            "" if variant.same_program else _change(f"{more_ms:.3f}", more_ms / base.cpu_ms),
+            _seconds(variant),
+        )
+    console.print(table)
+    console.print(
+        f"Positive differences are what a pass saves. Times are medians of {ablation.steps} steps, taken in turn; "
+        f"differences of less than {100 * ablation.noise:.1f}% may be chance.",
+        soft_wrap=True,
+        highlight=False,
+    )
+    for note in _notes(ablation):
+        console.print(Text(f"Note: {note}", style="yellow"), soft_wrap=True)
+
+
 def write_html(artifact: Artifact, path: Path) -> None:
     """The interactive page of a program's memory."""
     write_page(artifact, [(name, value) for name, value in _facts(artifact.metadata) if name != "model"], path)
@@ -73,17 +131,10 @@ def write_html(artifact: Artifact, path: Path) -> None:
 # --- Facts ------------------------------------------------------------------------------------------------------------
 
 
-def _entry(artifact: Artifact, name: str) -> Entry:
-    if name not in artifact.entries:
-        raise UserError(
-            f"{artifact.path} has no entry {name!r}",
-            supported=", ".join(artifact.entries),
-            instead=near_names(name, artifact.entries),
-        )
-    return artifact.entries[name]
-
-
-def _size(nbytes: int) -> str:
+def size(nbytes: int) -> str:
+    """Bytes in the unit that suits them; a negative number keeps its sign."""
+    if nbytes < 0:
+        return f"-{size(-nbytes)}"
     if nbytes < 2**10:
         return f"{nbytes} B"
     return f"{nbytes / 2**10:.1f} KiB" if nbytes < 2**20 else f"{nbytes / 2**20:.2f} MiB"
@@ -96,24 +147,28 @@ def _facts(metadata: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     yield "trained tensors", str(len(metadata.get("trained", ())))
     yield "trained parameters", f"{metadata.get('trained_elements', 0):,}"
     yield "optimizer", f"{optimizer.get('name', '')}, learning rate {optimizer.get('lr', '')}"
+    if metadata.get("state_dtype", "f32") != "f32":
+        yield "optimizer state", str(metadata["state_dtype"])
     yield "loss", str(metadata.get("loss", ""))
     yield "batch norm", str(metadata.get("batchnorm", ""))
+    if metadata.get("frozen_dtype", "f32") != "f32":
+        yield "large frozen weights", str(metadata["frozen_dtype"])
     yield "device", str(metadata.get("device", ""))
     if metadata.get("without_gradient"):
         yield "no gradient reaches", ", ".join(metadata["without_gradient"])
 
 
 def _kinds(memory: Mapping[str, Any]) -> list[tuple[str, str]]:
-    rows = [(kind.replace("_", " "), _size(nbytes)) for kind, nbytes in memory["by_kind"].items()]
-    rows.append(("planned peak", _size(memory["peak_bytes"])))
-    rows.append(("of it, the arena", _size(memory["arena_bytes"])))
-    rows.append(("lower bound of the peak", _size(memory["lower_bound_bytes"])))
+    rows = [(kind.replace("_", " "), size(nbytes)) for kind, nbytes in memory["by_kind"].items()]
+    rows.append(("planned peak", size(memory["peak_bytes"])))
+    rows.append(("of it, the arena", size(memory["arena_bytes"])))
+    rows.append(("lower bound of the peak", size(memory["lower_bound_bytes"])))
     return rows
 
 
 def _peak(memory: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return [
-        (t["name"], t["type"], _size(t["nbytes"]), t["kind"].replace("_", " "), t["module"], t["source"])
+        (t["name"], t["type"], size(t["nbytes"]), t["kind"].replace("_", " "), t["module"], t["source"])
         for t in memory["tensors_at_peak"]
     ]
 
@@ -125,7 +180,7 @@ def _by_module(memory: Mapping[str, Any]) -> list[tuple[str, ...]]:
         if tensor["kind"] == "optimizer_state":  # it says which parameter it belongs to
             module = module.rpartition(".")[0]
         sizes[module] = sizes.get(module, 0) + tensor["nbytes"]
-    return [(module or "<model>", _size(n)) for module, n in sorted(sizes.items(), key=lambda item: -item[1])]
+    return [(module or "<model>", size(n)) for module, n in sorted(sizes.items(), key=lambda item: -item[1])]
 
 
 def _arguments(entry: Entry) -> list[tuple[str, ...]]:
@@ -134,7 +189,7 @@ def _arguments(entry: Entry) -> list[tuple[str, ...]]:
 
 
 def _calls(entry: Entry) -> list[tuple[str, ...]]:
-    phases = ("forward", "backward", "update")
+    phases = ("forward", "backward", "recompute", "update")
     counts: dict[str, dict[str, int]] = {}
     for call in entry.calls:
         row = counts.setdefault(call.op, dict.fromkeys(phases, 0))
@@ -151,6 +206,24 @@ def _passes(passes: Iterable[Mapping[str, Any]]) -> list[tuple[str, float, int]]
         known = record["entry"] in ("common", "train_step")
         totals[record["pass"]] = (spent + record["ms"], record["nodes"] if known else nodes)
     return [(name, spent, nodes) for name, (spent, nodes) in totals.items()]
+
+
+def _seconds(variant: Variant) -> str:
+    return "" if variant.build_seconds is None else f"{variant.build_seconds:.1f}"
+
+
+def _change(difference: str, part: float) -> str:
+    return f"{'' if difference.startswith('-') else '+'}{difference} ({100 * part:+.1f}%)"
+
+
+def _notes(ablation: Ablation) -> Iterable[str]:
+    """Variants that are not there, or that do not compute what the baseline does."""
+    base = ablation.baseline
+    for variant in ablation.variants:
+        if variant.problem:
+            yield f"there is no program without {variant.without}: {variant.problem}"
+        elif ablation.differs(variant):
+            yield f"without {variant.without} the loss is {variant.loss:.6g} instead of {base.loss:.6g}."
 
 
 # --- On a terminal ----------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from pockc.errors import InternalError
-from pockc.ir import Array, Graph, Node, State, Value
+from pockc.ir import Array, Graph, Node, State, Value, contents
 from pockc.ops import OPS, load_families
 
 
@@ -29,21 +29,21 @@ def evaluate(
         InternalError: an input or a state is missing or has the wrong shape, or an op fails.
     """
     load_families()
-    contents: dict[Value, Array] = {}
+    known: dict[Value, Array] = {}
     for value in graph.inputs:
-        contents[value] = _checked(value, inputs.get(value.name), "input")
+        known[value] = _checked(value, inputs.get(value.name), "input")
     for value, state in graph.states.items():
-        contents[value] = _checked(value, _initial(value, state, states or {}), "state")
+        known[value] = _checked(value, _initial(value, state, states or {}), "state")
     with np.errstate(all="ignore"):
         for node in graph.nodes:
-            contents.update(_run(node, [contents[v] for v in node.inputs]))
-    outputs = {name: contents[value] for name, value in graph.outputs.items()}
+            known.update(_run(node, [known[v] for v in node.inputs]))
+    outputs = {name: known[value] for name, value in graph.outputs.items()}
     kept = (v for v, state in graph.states.items() if state.kind != "constant")
-    return outputs, {v.name: contents[graph.updates.get(v, v)] for v in kept}
+    return outputs, {v.name: known[graph.updates.get(v, v)] for v in kept}
 
 
 def _initial(value: Value, state: State, given: Mapping[str, Array]) -> Array | None:
-    return given[value.name] if value.name in given and state.kind != "constant" else state.data
+    return given[value.name] if value.name in given and state.kind != "constant" else contents(value, state)
 
 
 def _checked(value: Value, array: Array | None, what: str) -> Array:

@@ -14,14 +14,16 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from pockc.compact import COMPACT_DTYPES, compact_nbytes, decode
 from pockc.errors import InternalError
 from pockc.ops import OPS, infer
 
 Array = npt.NDArray[Any]
-Phase = Literal["forward", "backward", "update"]
+Phase = Literal["forward", "backward", "recompute", "update"]  # recompute: forward once more, for the backward pass
 StateKind = Literal["parameter", "buffer", "constant", "slot", "counter"]
 
 # The element types of the IR; sizes in bytes. `bool` is one byte. Bit masks are `u8` tensors of 8 elements a byte.
+# Frozen states may have a dtype of pockc/compact.py instead: numbers that kernels read as f32, and store nowhere.
 DTYPES: dict[str, int] = {"f32": 4, "i64": 8, "i32": 4, "u8": 1, "bool": 1}
 
 
@@ -38,8 +40,15 @@ class TensorType:
         return prod(self.shape)
 
     @property
+    def is_compact(self) -> bool:
+        """Whether these are frozen weights in fewer bytes: see pockc/compact.py."""
+        return self.dtype in COMPACT_DTYPES
+
+    @property
     def nbytes(self) -> int:
-        """Size of the dense tensor."""
+        """Size of the dense tensor, or of the rows of a compact one."""
+        if self.is_compact:
+            return compact_nbytes(self.shape, self.dtype)
         return self.elements * DTYPES[self.dtype]
 
     def __str__(self) -> str:
@@ -87,7 +96,8 @@ class State:
     """What persists across steps: initial contents of a state value, in the layout the graph uses.
 
     ``permutation`` relates it to the user's layout: ``data == original.transpose(permutation)``; ``()`` is identity.
-    ``data`` may be None in graphs that were parsed from text.
+    ``data`` may be None in graphs that were parsed from text. Where the value's type is compact, it is the encoded
+    rows, which `contents` decodes.
     """
 
     kind: StateKind
@@ -192,6 +202,13 @@ class Builder:
 
 
 NUMPY_DTYPES: dict[str, Any] = {"f32": np.float32, "i64": np.int64, "i32": np.int32, "u8": np.uint8, "bool": np.bool_}
+
+
+def contents(value: Value, state: State) -> Array | None:
+    """The data of a state as its readers see it, in the layout of the graph: f32 for a compact one."""
+    if state.data is None or not value.type.is_compact:
+        return state.data
+    return decode(state.data, value.type.shape, value.type.dtype)
 
 
 def dtype_of(array: Array) -> str:

@@ -160,6 +160,8 @@ class _Peak:
         """What a value is for: inputs, activations saved for the backward pass, gradients, temporaries."""
         if node is None:
             return "inputs"
+        if node.origin.phase == "recompute":
+            return "activations"
         forward = node.origin.phase == "forward" or node.op == "range_mask"
         if forward and self.phases.get(value, set()) - {"forward"}:
             return "saved_activations"

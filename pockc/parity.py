@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import numpy as np
 
 from pockc.artifact import Entry, read
 from pockc.build import build
-from pockc.errors import UserError
-from pockc.ir import NUMPY_DTYPES, Array
+from pockc.errors import InternalError, UserError
+from pockc.ir import NUMPY_DTYPES, Array, State, contents
 from pockc.optim import AdamW, Optimizer
+from pockc.program import Program
+from pockc.recipe import FrozenDtype
 from pockc.scheme import Scheme, resolve
 from pockc.session import Session
 
@@ -81,31 +84,40 @@ def verify_against_torch(
     reference_kernels: bool = False,
     disabled: frozenset[str] = frozenset(),
     with_noise: bool = False,
+    frozen_dtype: FrozenDtype = "f32",
+    **memory_options: Any,
 ) -> Parity:
     """Train a model for some steps in a session and in PyTorch eager, on the same seeded batches.
 
     The batches are the example inputs with their rows shuffled and, where they are real-valued, with noise; labels of a
-    named loss are random. Model, loss, optimizer, scheme and batchnorm are those of `pockc.build`. ``with_noise`` also
-    trains PyTorch in float64, and fills in `Parity.noise`.
+    named loss are random. Model, loss, optimizer, scheme and batchnorm are those of `pockc.build`, and so are
+    ``memory_options``: ``memory_budget``, ``micro_batch``, which change no result beyond rounding, and ``state_dtype``,
+    which does: PyTorch keeps its optimizer state in float32, and the comparison shows what ``int8`` costs.
+    ``with_noise`` also trains PyTorch in float64, and fills in `Parity.noise`. With a compact ``frozen_dtype`` PyTorch
+    gets the frozen weights that the program's kernels see: `decoded_weights`.
 
     Raises:
         UserError: as `pockc.build`; or the model applies dropout.
     """
-    from pockc.frontend.torch_parity import Reference, model_names, named_arrays
+    from pockc.frontend.torch_parity import Reference, model_names, model_tensors, named_arrays
 
     if steps < 1:
         raise UserError(f"steps is {steps}; at least one is needed")
     optimizer = optimizer or AdamW()
     options = dict(loss_options or {})
-    program = build(
-        model, example_inputs, loss, optimizer, scheme, batchnorm,
+    compiled = partial(
+        build, model, example_inputs, loss, optimizer, scheme, batchnorm,
         accumulation=accumulation, loss_options=options, disabled=disabled,
     )  # fmt: skip
+    program = compiled(frozen_dtype=frozen_dtype, **memory_options)
     names = model_names(model)
+    decoded: dict[str, Array] = {}
+    if frozen_dtype != "f32":
+        decoded = decoded_weights(program, compiled(), model_tensors(model))
     updated = set(program.metadata["trained"]) | set(program.metadata["without_gradient"])
     frozen = frozenset(names.parameters) - updated
     trained = resolve(scheme, names.parameters, modules=names.modules, aliases=names.aliases, frozen=frozen)
-    reference = Reference(model, trained, loss, optimizer, options, batchnorm, accumulation)
+    reference = Reference(model, trained, loss, optimizer, options, batchnorm, accumulation, weights=decoded)
     initial = reference.arrays()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "model.pock")
@@ -120,10 +132,60 @@ def verify_against_torch(
     parity = _compare(losses, ours, theirs, initial, zero)
     if not with_noise:
         return parity
-    exact = Reference(model, trained, loss, optimizer, options, batchnorm, accumulation, double=True)
+    exact = Reference(model, trained, loss, optimizer, options, batchnorm, accumulation, double=True, weights=decoded)
     exact_losses = [exact.train_step(batch) for batch in given]
     pairs = [(float32, float64) for (_, float32), float64 in zip(losses, exact_losses, strict=True)]
     return replace(parity, noise=_compare(pairs, theirs, exact.arrays(), initial, zero))
+
+
+def decoded_weights(program: Program, plain: Program, tensors: Mapping[str, Array]) -> dict[str, Array]:
+    """What a program's training step makes of the frozen tensors that it stores in fewer bytes, by name.
+
+    Where a weight was folded with its batch norm before it was encoded, it is divided by the same factors again, one
+    per output channel: a model with these tensors then computes what the program does.
+
+    Args:
+        program: Built from a model.
+        plain: The same with ``frozen_dtype="f32"``.
+        tensors: The model's parameters and buffers by name.
+
+    Raises:
+        UserError: a constant was encoded that is no multiple, channel by channel, of a tensor of the model.
+    """
+    exact = {value.name: state.data for value, state in plain.entries["train_step"].states.items()}
+    found: dict[str, Array] = {}
+    for value, state in program.entries["train_step"].states.items():
+        data = contents(value, state)
+        if data is None or not value.type.is_compact:
+            continue
+        name, folded, _ = value.name.partition(".folded")
+        if name not in tensors or name in found:
+            raise UserError(
+                f"{value.name} is no tensor of the model alone", instead="Compare with frozen weights as f32."
+            )
+        if folded:
+            original = np.moveaxis(tensors[name], 1, -1) if data.ndim == 4 else tensors[name]
+            data = data / _row_factors(value.name, exact[value.name], original)
+            found[name] = np.moveaxis(data, -1, 1) if data.ndim == 4 else data
+        else:
+            found[name] = State(state.kind, data, state.permutation).original()
+    return found
+
+
+def _row_factors(name: str, scaled: Array | None, original: Array) -> Array:
+    """The numbers f, one per row and shaped to broadcast, with which scaled = f * original."""
+    factors = np.zeros(0)
+    if scaled is not None and scaled.shape == original.shape:
+        axes = tuple(range(1, original.ndim))
+        squares = (original.astype(np.float64) ** 2).sum(axes, keepdims=True)
+        factors = (scaled * original.astype(np.float64)).sum(axes, keepdims=True) / np.where(squares > 0, squares, 1.0)
+        factors = np.where(factors == 0, 1.0, factors)  # of a row of zeros any will do
+    if scaled is None or not factors.size or not np.allclose(scaled, factors * original, rtol=1e-4, atol=1e-6):
+        raise UserError(
+            f"{name} is no multiple of a tensor of the model, channel by channel",
+            instead="Compare with frozen weights as f32.",
+        )
+    return factors.astype(np.float32)
 
 
 def _compare(
@@ -171,10 +233,20 @@ def _varied(array: Array, order: Array, random: np.random.Generator) -> Array:
     return np.asarray(array + noise, array.dtype)
 
 
+def _classes(step: Entry) -> int:
+    """How many classes the loss of a training step tells apart."""
+    for call in step.calls:
+        if call.op == "cross_entropy":
+            return call.inputs[0].shape[-1]
+        if call.op == "cross_entropy_of_tiles":
+            return call.ints[0]  # its first attribute
+    raise InternalError("a loss with labels of classes has no cross entropy")
+
+
 def _labels(entries: Mapping[str, Entry], loss: str, random: np.random.Generator) -> Array:
     labels = entries["train_step"].inputs["labels"]
     if labels.dtype == "i64":
-        classes = entries["infer"].outputs["logits"].shape[-1]
+        classes = _classes(entries["train_step"])
         return random.integers(0, classes, labels.shape, dtype=np.int64)
     if loss == "bce_with_logits":
         return random.integers(0, 2, labels.shape).astype(np.float32)

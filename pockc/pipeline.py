@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,13 +19,19 @@ from pockc.passes import (
     dce,
     differentiate,
     duplicate,
+    fit_memory,
     fold,
     fold_batchnorm,
     fuse,
     layout,
+    quantize_frozen,
     reorder,
     slice_updates,
+    split_backward,
     split_prefix,
+    tile_channels,
+    tile_updates,
+    tile_vocabulary,
 )
 from pockc.recipe import Recipe
 from pockc.verify import Level, verify
@@ -35,12 +41,25 @@ Run = Callable[[Graph, Recipe], Graph]
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One line of a pipeline. ``optional`` passes can be switched off to see what they buy."""
+    """One line of a pipeline.
+
+    ``optional`` passes can be switched off to see what they buy; ``reducible`` ones too, but they still run then, and
+    do only what the next step cannot do without.
+    """
 
     name: str
     run: Run
     level: Level = "training"
     optional: bool = False
+    reducible: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramPass:
+    """A pass that sees all entries of a program at once, after they are lowered."""
+
+    name: str
+    run: Callable[[Mapping[str, Graph], Recipe], dict[str, Graph]]
 
 
 # What every entry shares: the user's forward graph, in the layout and parameterisation that the kernels want.
@@ -63,7 +82,7 @@ TRAIN: tuple[Pass, ...] = (
     Pass("slice-updates", slice_updates.run, optional=True),  # needs the takes that attach-optimizer made
 )
 ACCUMULATE: tuple[Pass, ...] = (*TRAIN[:2], Pass("accumulate", attach_optimizer.accumulate), TRAIN[3])
-EVAL: tuple[Pass, ...] = (TRAIN[0],)
+EVAL: tuple[Pass, ...] = (Pass("attach-loss", attach_loss.evaluation),)
 INFER: tuple[Pass, ...] = ()
 
 # To kernels, in the order they will run.
@@ -74,9 +93,24 @@ LOWER: tuple[Pass, ...] = (
     Pass("dce", dce.run),
     Pass("fuse", fuse.run, "lowered", optional=True),  # after differentiation: gradients read unfused nodes
     Pass("duplicate", duplicate.run, "lowered", optional=True),  # before the order is chosen
+    Pass("tile-vocabulary", tile_vocabulary.run, "lowered", optional=True),  # gradients and updates are final by now
+    Pass("fit-memory", fit_memory.run, "lowered", optional=True),  # after cse, which would undo it
+    Pass("split-backward", split_backward.run, "lowered", optional=True),  # before what is fitted below the rest
+    Pass("tile-updates", tile_updates.run, "lowered", optional=True),  # as is what follows
+    Pass("tile-channels", tile_channels.run, "lowered", optional=True),  # of fused products, while each is there once
     Pass("split-prefix", split_prefix.run, "lowered", optional=True),  # after the last pass that adds readers
-    Pass("reorder", reorder.run, "lowered"),
+    Pass("reorder", reorder.run, "lowered", reducible=True),
 )
+
+# Over all entries of a program. Last: what is compact must be agreed between entries that were lowered one by one, and
+# neither order nor plan depends on it.
+TOGETHER: tuple[ProgramPass, ...] = (ProgramPass("quantize-frozen", quantize_frozen.run),)
+
+
+def switches() -> tuple[str, ...]:
+    """The names that `Recipe.disabled` knows, in the order in which the passes run."""
+    passes = (*COMMON, *TRAIN, *ACCUMULATE, *EVAL, *INFER, *LOWER)
+    return tuple(dict.fromkeys(step.name for step in passes if step.optional or step.reducible))
 
 
 @dataclass(slots=True)
@@ -101,16 +135,34 @@ class Manager:
             started = time.perf_counter()
             try:
                 after = step.run(graph, self.recipe)
-                self._verify(after, step)
+                self._verify(after, step.level)
             except UserError:
                 raise
             except Exception as error:
-                raise self._failure(entry, step, done, graph, error) from error
+                raise self._failure(entry, step.name, done, graph, error) from error
             graph = after
             done.append(step.name)
-            self.timings.append((entry, step.name, (time.perf_counter() - started) * 1e3, len(graph.nodes)))
-            self._dump(entry, step, graph)
+            self._record(entry, step.name, graph, started)
         return graph
+
+    def run_together(self, passes: Sequence[ProgramPass], entries: Mapping[str, Graph]) -> dict[str, Graph]:
+        """The entries after these passes; errors as for `run`. The time of a pass counts for the first entry."""
+        for step in passes:
+            started = time.perf_counter()
+            try:
+                after = step.run(entries, self.recipe)
+                for graph in {*after.values()}.difference(entries.values()):
+                    self._verify(graph, "lowered")
+            except UserError:
+                raise
+            except Exception as error:
+                entry, graph = next(iter(entries.items()))
+                raise self._failure(entry, step.name, [], graph, error) from error
+            entries = after
+            for entry, graph in entries.items():
+                self._record(entry, step.name, graph, started)
+                started = time.perf_counter()
+        return dict(entries)
 
     def _skipped(self, step: Pass) -> bool:
         if not step.optional:
@@ -121,27 +173,28 @@ class Manager:
         fuel = os.environ.get("POCKC_STOP_AFTER")
         return fuel is not None and self.optional_run > int(fuel)
 
-    def _verify(self, graph: Graph, step: Pass) -> None:
+    def _verify(self, graph: Graph, legality: Level) -> None:
         level = os.environ.get("POCKC_VERIFY", "1")
         if level == "0":
             return
-        verify(graph, step.level, self.supports)
+        verify(graph, legality, self.supports)
         if level == "2":
             from pockc.text import parse, show  # only this debugging level needs the parser
 
             if show(parse(show(graph))) != show(graph):
                 raise InternalError("the text of the graph does not round-trip")
 
-    def _dump(self, entry: str, step: Pass, graph: Graph) -> None:
+    def _record(self, entry: str, name: str, graph: Graph, started: float) -> None:
+        self.timings.append((entry, name, (time.perf_counter() - started) * 1e3, len(graph.nodes)))
         if folder := os.environ.get("POCKC_DUMP"):
             Path(folder).mkdir(parents=True, exist_ok=True)
-            Path(folder, f"{len(self.timings):02d}-{entry}-{step.name}.txt").write_text(str(graph))
+            Path(folder, f"{len(self.timings):02d}-{entry}-{name}.txt").write_text(str(graph))
 
-    def _failure(self, entry: str, step: Pass, done: list[str], graph: Graph, error: Exception) -> InternalError:
+    def _failure(self, entry: str, name: str, done: list[str], graph: Graph, error: Exception) -> InternalError:
         with tempfile.NamedTemporaryFile("w", prefix="pockc-", suffix=".txt", delete=False) as dump:
             dump.write(str(graph))
         before = ", ".join(done) or "no other pass"
         return InternalError(
-            f"pass {step.name} of {entry} failed after {before}: {error} "
+            f"pass {name} of {entry} failed after {before}: {error} "
             f"The graph it was given is in {dump.name}. Please report this."
         )

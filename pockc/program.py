@@ -62,10 +62,12 @@ class Program:
     def offset(self, entry: str, value: Value) -> int | None:
         """Arena offset of a value of an entry; None for a state that is mapped from the file."""
         placement = self.placements[entry]
-        buffer = placement.buffer[value]
+        buffer, shift = placement.buffer[value], placement.shift.get(value, 0)
         if buffer.state is None:
-            return self.state_bytes + placement.offset[buffer]
-        return self.state_offset.get(buffer.state.name)
+            return self.state_bytes + placement.offset[buffer] + shift
+        if buffer.state.name not in self.state_offset:
+            return None
+        return self.state_offset[buffer.state.name] + shift
 
 
 def place_states(entries: Mapping[str, Graph]) -> tuple[dict[str, int], int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from pockc.ir import Node
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 StateDtype = Literal["f32", "int8"]
 BatchNorm = Literal["fold", "freeze", "train"]
+FrozenDtype = Literal["f32", "bf16", "int8", "int4"]
 
 
 def no_workspace(node: Node) -> int:
@@ -26,10 +27,14 @@ class Recipe:
 
     ``trained`` maps the name of each updated parameter to its channel selection, None for the whole tensor.
     ``loss`` is the name of a built-in loss, or None where the graph already has an output called ``loss``.
-    ``accumulation`` is the number of micro-steps per optimizer step; ``state_dtype`` is how optimizer slots are stored;
-    ``threads`` sizes the kernels' workspaces, and ``workspace`` is the target's count of their bytes for a node: passes
-    that weigh memory ask it.
+    ``accumulation`` is the number of micro-steps per optimizer step; ``threads`` sizes the kernels' workspaces,
+    and ``workspace`` is the target's count of their bytes for a node: passes that weigh memory ask it.
+    ``state_dtype`` is how optimizer slots are stored, ``frozen_dtype`` how frozen weights are.
     ``sufficient`` is what another entry of the program takes of the arena anyway: below it no byte is worth a search.
+    ``transient_target`` is what the training step may need beside its states, in bytes: computing activations again is
+    then worth any time; without it, next to none. ``micro_batch`` is the number of samples that run through the
+    training step at a time; 0: whatever fits best. ``decisions`` is where passes note what they chose, for the report.
+    ``tiles`` is how another entry cut its weights, by name, into how many tiles; None where the entry is the first.
     """
 
     trained: Mapping[str, Channels | None]
@@ -39,8 +44,13 @@ class Recipe:
     batchnorm: BatchNorm = "fold"
     accumulation: int = 1
     state_dtype: StateDtype = "f32"
+    frozen_dtype: FrozenDtype = "f32"
     threads: int = 1
     workspace: Callable[[Node], int] = no_workspace
     sufficient: int = 0
+    transient_target: int | None = None
+    micro_batch: int = 0
+    decisions: dict[str, Any] = field(default_factory=dict)
+    tiles: Mapping[str, int] | None = None
     updated_buffers: frozenset[str] = frozenset()  # running statistics that a training entry updates
     disabled: frozenset[str] = frozenset()  # names of passes that the user switched off, for ablation

@@ -70,7 +70,10 @@ class Session:
         return float(self.run("train_step", **inputs)["loss"])
 
     def eval_step(self, **inputs: Any) -> dict[str, Array]:
-        """Loss and outputs on a batch with labels; nothing is updated."""
+        """Loss on a batch with labels, and the outputs; nothing is updated.
+
+        Where every token has a label, ``correct`` and ``counted``, per sample, stand in the place of the logits.
+        """
         return self.run("eval_step", **inputs)
 
     def infer(self, **inputs: Any) -> Array | dict[str, Array]:
@@ -221,7 +224,9 @@ class Session:
         if entry not in self._signatures:
             signature = self._arguments(entry, abi.INPUT), self._arguments(entry, abi.OUTPUT)
             if not any(signature):
-                raise UserError(f"the program has no entry {entry!r}")
+                known = ", ".join(self.metadata.get("text", ()))
+                hint = "Build it with that entry." if entry in ("eval_step", "infer") else ""
+                raise UserError(f"the program has no entry {entry!r}", supported=known, instead=hint)
             self._signatures[entry] = signature
         return self._signatures[entry]
 

@@ -10,8 +10,8 @@ One line each, in this order; attributes that have their default value are left 
     output logits = %y
     update %head.weight = %new
 
-Contents are printed of constants of up to 16 elements; other states come back without data. Of the file in a node's
-origin only its last part is printed. Names with unusual characters are quoted: ``%"my name"``.
+Contents are printed of constants of up to 16 elements, if they are not compact; other states come back without data.
+Of the file in a node's origin only its last part is printed. Names with unusual characters are quoted: ``%"my name"``.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any, cast, get_args
 
 import numpy as np
 
+from pockc.compact import COMPACT_DTYPES
 from pockc.errors import UserError
 from pockc.ir import DTYPES, NUMPY_DTYPES, Array, Graph, Node, Origin, Phase, State, StateKind, TensorType, Value
 from pockc.ops import OPS, complete_attributes, load_families
@@ -84,7 +85,8 @@ def _show_state(value: Value, state: State) -> str:
     line = f"state {_typed(value)} {state.kind}"
     if state.permutation:
         line += f" permutation={_show_attribute(state.permutation)}"
-    if state.kind == "constant" and state.data is not None and state.data.size <= INLINE_ELEMENTS:
+    shown = state.kind == "constant" and not value.type.is_compact
+    if shown and state.data is not None and state.data.size <= INLINE_ELEMENTS:
         line += f" = [{_list(map(_show_element, state.data.reshape(-1)))}]"
     return line
 
@@ -122,7 +124,9 @@ _TOKEN = re.compile(
       | "(?P<string>(?:[^"\\]|\\.)*)" | (?P<word>[\w.\-+/<>]+) | (?P<sign>[,():=\[\]]) )""",
     re.VERBOSE,
 )
-_ORIGIN = re.compile(r"\#\s(?P<module>.+?)(?:\s\((?P<file>[^()]*):(?P<line>\d+)\))?(?:\s(?P<phase>backward|update))?")
+_ORIGIN = re.compile(
+    r"\#\s(?P<module>.+?)(?:\s\((?P<file>[^()]*):(?P<line>\d+)\))?(?:\s(?P<phase>backward|recompute|update))?"
+)
 
 
 class _Parser:
@@ -210,7 +214,7 @@ class _Parser:
 
     def _type(self) -> TensorType:
         dtype = self._next("word")
-        if dtype not in DTYPES:
+        if dtype not in (*DTYPES, *COMPACT_DTYPES):
             raise self._error(f"there is no element type {dtype!r}")
         self._sign("[")
         return TensorType(tuple(self._sequence(self._integer, "]")), dtype)
@@ -274,6 +278,8 @@ class _Parser:
         self.states[value] = State(cast(StateKind, kind), data, permutation)
 
     def _data(self, type_: TensorType) -> Array:
+        if type_.is_compact:
+            raise self._error(f"the contents of {type_} cannot be given as text")
         self._sign("[")
         elements = self._sequence(self._number, "]")
         if len(elements) != type_.elements:

@@ -78,8 +78,12 @@ def timeline(artifact: Artifact, entry: str) -> Timeline:
 def mapped_bytes(artifact: Artifact) -> int:
     """Bytes of the file that calls read in place: frozen weights and constants."""
     calls = [call for entry in artifact.entries.values() for call in entry.calls]
-    sizes = {t.offset: aligned(t.nbytes) for call in calls for t in call.inputs if t.in_data}
-    return sum(sizes.values())
+    ranges = {(t.offset, t.offset + aligned(t.nbytes)) for call in calls for t in call.inputs if t.in_data}
+    total = covered = 0
+    for start, end in sorted(ranges):  # parts of a tensor may be read beside the whole
+        total += max(0, end - max(start, covered))
+        covered = max(covered, end)
+    return total
 
 
 @dataclass(slots=True)
@@ -155,6 +159,8 @@ class _Replay:
         if value.call < 0:
             return "inputs"
         maker = self.entry.calls[value.call]
+        if maker.phase == "recompute":
+            return "activations"
         forward = maker.phase == "forward" or maker.op == "range_mask"
         if forward and value.phases - {"forward"}:
             return "saved_activations"

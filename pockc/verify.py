@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from math import prod
+from typing import Any, Literal
 
+import numpy as np
+
+from pockc.compact import row_nbytes
 from pockc.errors import InternalError, UserError
-from pockc.ir import NUMPY_DTYPES, Graph, Node, Value
+from pockc.ir import NUMPY_DTYPES, Graph, Node, TensorType, Value
 from pockc.ops import OPS, infer, load_families
 from pockc.text import show_node
 
@@ -25,7 +29,7 @@ def verify(graph: Graph, level: Level, supports: Callable[[Node], bool] | None =
         3. Every operand is defined before the node that reads it; graph outputs and updates are defined.
         4. Every op exists; its output types are those of its type rule, its attributes complete and in canonical order.
         5. An update maps a state, not a constant, to a value of the state's type.
-        6. The data of a state, where there is any, has the state's type.
+        6. The data of a state, where there is any, has the state's type. Inputs and results of nodes are never compact.
     imported:
         7. There are no gradient ops, no optimizer ops, and no updates but of buffers (running statistics).
         8. Every node is in the forward phase.
@@ -81,6 +85,8 @@ def _structure(graph: Graph) -> Iterator[str]:
 
 def _states(graph: Graph) -> Iterator[str]:
     """Invariants 5 and 6."""
+    dense = (*graph.inputs, *graph.results(), *(value for node in graph.nodes for value in node.outputs))
+    yield from (f"{value!r} is compact, but no frozen weight" for value in dense if value.type.is_compact)
     for value, new in graph.updates.items():
         if value not in graph.states:
             yield f"update of %{value.name}: it is not a state of the graph"
@@ -89,10 +95,19 @@ def _states(graph: Graph) -> Iterator[str]:
         if new.type != value.type:
             yield f"update of %{value.name}: {new!r} has not its type {value.type}"
     for value, state in graph.states.items():
-        if state.data is None:
+        if value.type.is_compact and len(value.type.shape) < 2:
+            yield f"state {value!r}: a compact type has at least two axes"
+        elif state.data is None:
             continue
-        if state.data.shape != value.type.shape or state.data.dtype != NUMPY_DTYPES[value.type.dtype]:
+        elif (state.data.shape, state.data.dtype) != _stored(value.type):
             yield f"state {value!r}: its data is {state.data.dtype}{list(state.data.shape)}"
+
+
+def _stored(type_: TensorType) -> tuple[tuple[int, ...], Any]:
+    """Shape and numpy dtype of a state's data."""
+    if not type_.is_compact:
+        return type_.shape, NUMPY_DTYPES[type_.dtype]
+    return (type_.shape[0], row_nbytes(type_.dtype, prod(type_.shape[1:]))), np.uint8
 
 
 def _types(node: Node) -> Iterator[str]:

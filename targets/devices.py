@@ -25,6 +25,7 @@ class Device:
         return self.triple.startswith("x86_64")
 
 
+DEFAULT = "x86-64"
 _ARM, _X86 = "aarch64-linux-gnu", "x86_64-linux-gnu"
 _GIB = 1 << 30
 

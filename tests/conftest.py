@@ -1,4 +1,4 @@
-"""Shared by all tests: golden files, and PyTorch on one thread."""
+"""Shared by all tests: golden files, the command line, and PyTorch on one thread."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
+from tests import browser
+from tests.shell import Shell
+
 torch.set_num_threads(1)
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -20,6 +23,11 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write golden files instead of comparing with them")
+
+
+def pytest_report_header() -> str:
+    missing = "none, so the tests of the memory page in a browser are skipped: `make test-page` installs it"
+    return f"chromium: {browser.find() or missing}"
 
 
 @pytest.fixture
@@ -37,3 +45,9 @@ def golden(request: pytest.FixtureRequest) -> Callable[..., None]:
         assert text == path.read_text()
 
     return compare
+
+
+@pytest.fixture
+def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
+    """The command line in a temporary folder."""
+    return Shell(tmp_path, monkeypatch, capsys)

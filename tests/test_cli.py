@@ -4,7 +4,6 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,80 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pockc import __version__, cli
+from pockc import __version__
 from pockc.artifact import read
 from pockc.errors import InternalError
 from pockc.session import Session
+from tests.shell import Shell
 
 pytestmark = [pytest.mark.torch, pytest.mark.native]
-
-MODEL = """
-import torch
-from torch import nn
-from torch.nn import functional as F
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Linear(6, 16)
-        self.head = nn.Linear(16, 4)
-
-    def forward(self, x):
-        return self.head(torch.relu(self.fc(x)))
-
-
-def make(batch_size=8):
-    torch.manual_seed(0)
-    return Net().eval(), {"x": torch.randn(batch_size, 6)}
-
-
-def fixed():
-    return Net().eval(), {"x": torch.randn(2, 6)}
-
-
-def with_labels():
-    return Net().eval(), {"x": torch.randn(2, 6), "labels": torch.tensor([0, 1])}
-
-
-def own_loss(output, labels):
-    return F.cross_entropy(output, labels) + output.square().mean()
-
-
-def broken():
-    raise ValueError("no weights here")
-
-
-def single():
-    return Net()
-"""
-
-
-class Shell:
-    """Runs the command line in this process, in a folder with a model file."""
-
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self.folder, self.monkeypatch, self.capsys = folder, monkeypatch, capsys
-        (folder / "model.py").write_text(MODEL)
-        monkeypatch.chdir(folder)
-        monkeypatch.setenv("COLUMNS", "120")
-
-    def __call__(self, *arguments: str) -> tuple[int, str, str]:
-        """Exit code, standard output, standard error."""
-        self.monkeypatch.setattr(sys, "argv", ["pockc", *arguments])
-        self.capsys.readouterr()
-        try:
-            cli.main()
-            code: Any = 0
-        except SystemExit as end:
-            code = end.code or 0
-        captured = self.capsys.readouterr()
-        return int(code), captured.out, captured.err
-
-
-@pytest.fixture
-def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
-    return Shell(tmp_path, monkeypatch, capsys)
 
 
 def network(shell: Shell) -> Any:
@@ -148,12 +80,20 @@ def test_options_reach_the_optimizer(shell: Shell) -> None:
 
 
 def test_state_dtype_reaches_the_program(shell: Shell) -> None:
-    code, _, err = shell("build", "model.py:make", "--optimizer", "lion", "--state-dtype", "int8")
+    code, out, err = shell("build", "model.py:make", "--optimizer", "lion", "--state-dtype", "int8")
 
     assert (code, err) == (0, "")
+    assert re.search(r"optimizer state\s*│ int8 ", out)
     with Session(shell.folder / "out" / "model.pock") as session:
         assert session.metadata["state_dtype"] == "int8"
         assert session.state("fc.weight.lion_m").dtype == np.uint8
+
+
+def test_verify_compares_state_of_one_byte_with_pytorch(shell: Shell) -> None:
+    """The codes cost more than rounding to float32 does, and the comparison says how much."""
+    code, out, err = shell("verify", "model.py:make", "--state-dtype", "int8", "--steps", "3")
+    assert (code, err) == (1, "")
+    assert "DIFFERS from PyTorch" in out
 
 
 def test_inspect_shows_memory_peak_and_calls(shell: Shell) -> None:
@@ -194,6 +134,13 @@ def test_build_leaves_out_self_test_and_comparison_on_request(shell: Shell) -> N
     assert b"infer/output/logits" not in missing.read_bytes()
     assert "full_memory" in read(found).metadata
     assert "full_memory" not in read(missing).metadata
+
+
+def test_build_leaves_out_entries_on_request(shell: Shell) -> None:
+    code, _, err = shell("build", "model.py:make", "--entries", "train_step,infer", "-o", "lean")
+
+    assert (code, err) == (0, "")
+    assert list(read(shell.folder / "lean" / "model.pock").entries) == ["train_step", "infer"]
 
 
 def test_verify_agrees_with_pytorch_and_counts_steps(shell: Shell) -> None:
@@ -280,6 +227,8 @@ BAD = {
     "schedule without an end": "build model.py:make --schedule cosine",
     "batchnorm": "build model.py:make --batchnorm folded",
     "device": "build model.py:make --device rpi6",
+    "entries": "build model.py:make --entries train_step,evaluate",
+    "entries without training": "build model.py:make --entries infer",
     "no such program": "inspect none.pock",
     "not a program": "inspect model.py",
     "entry": "inspect out/model.pock --entry train",
@@ -309,3 +258,17 @@ def test_internal_error_asks_for_a_report(shell: Shell, monkeypatch: pytest.Monk
     code, _, err = shell("build", "model.py:make")
     assert code == 3
     assert "pass fuse broke an invariant" in err and "please report it" in err
+
+
+def test_frozen_weights_in_fewer_bytes_are_built_verified_and_exported(shell: Shell) -> None:
+    code, out, err = shell("build", "model.py:wide", "--scheme", "head", "--frozen-dtype", "int8")
+    assert (code, err) == (0, "")
+    assert re.search(r"large frozen weights\s*│ int8 ", out)
+    code, out, _ = shell("inspect", "out/model.pock", "--text")
+    assert code == 0 and "state %0.weight: q8[128,16] parameter" in out
+    code, out, _ = shell("export", "out/model.pock", "-o", "tuned.safetensors")
+    assert code == 0 and "Note: 1 frozen tensors are approximations" in out and "0.weight" in out
+    code, out, _ = shell("verify", "model.py:wide", "--scheme", "head", "--frozen-dtype", "int8")
+    assert code == 0 and "agrees with PyTorch" in out
+    code, _, err = shell("build", "model.py:wide", "--frozen-dtype", "int2")
+    assert code == 2 and "f32, bf16, int8, int4" in err

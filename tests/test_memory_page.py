@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pockc.artifact import Artifact, read
 from pockc.build import build
 from pockc.memory_page import page_data, write_page, write_trace
-from pockc.timeline import timeline
+from pockc.timeline import KINDS, timeline
 from tests import browser
 
 pytestmark = pytest.mark.torch
@@ -202,6 +202,8 @@ def test_page_draws_the_timeline_and_starts_at_the_peak(page: browser.Page, arti
     assert "the peak" in text_of(page, "#position")
     assert text_of(page, "#tensors-title").startswith(f"{len(timeline(artifact, 'train_step').alive(peak))} tensors")
     assert "× the arena" in text_of(page, "#tiles")
+    assert f"{artifact.metadata['memory']['peak_bytes']:,} bytes" in text_of(page, "#tiles")
+    assert f"{artifact.arena_bytes:,} bytes" in text_of(page, "#tiles")
     assert "test_memory_page.py:" in text_of(page, "#tensors")
 
 
@@ -224,6 +226,10 @@ def test_click_pins_a_call_until_it_is_released(page: browser.Page, artifact: Ar
     page.run("byId('chart').focus()")
     page.press("ArrowRight")
     assert shows(page, artifact, 5)
+    page.press("Home")
+    assert shows(page, artifact, 0)
+    page.press("End")
+    assert shows(page, artifact, len(artifact.entries["train_step"].calls) - 1)
     page.press("Escape")
     page.hover(*place(page, 9))
     assert shows(page, artifact, 9)
@@ -248,6 +254,33 @@ def test_tap_on_a_phone_shows_the_call_and_nothing_is_cut_off(
         assert shows(page, artifact, 6)
 
 
+def test_chart_stays_where_it_is_while_the_pointer_changes_the_numbers_above(
+    page: browser.Page, artifact: Artifact, file: Path
+) -> None:
+    for width in (390, 1200):
+        page.open(file, width, 900)
+        tops = set()
+        for call in range(0, len(artifact.entries["train_step"].calls), 5):
+            page.run(f"choose({call}, false)")
+            tops.add(page.run("byId('chart').getBoundingClientRect().top + scrollY"))
+        assert len(tops) == 1
+
+
+def test_kind_and_type_are_told_in_words_at_any_width(page: browser.Page, file: Path) -> None:
+    told = "[...document.querySelectorAll('#tensors tr')].find(row => row.querySelector('td')).innerText"
+    for width in (390, 1200):
+        page.open(file, width, 900)
+        row = page.run(told)
+        assert len(re.findall(r"\w+\[[\d,]+\]", row)) == 1
+        assert any(kind.replace("_", " ") in row for kind in KINDS)
+
+
+def test_kinds_add_up_beside_those_of_full_backpropagation(page: browser.Page, artifact: Artifact) -> None:
+    expected = [sum(artifact.metadata[key]["by_kind"].values()) for key in ("memory", "full_memory")]
+    cells = "[...document.querySelectorAll('#kinds .total .size')].map(cell => cell.textContent)"
+    assert page.run(cells) == page.run(f"{expected}.map(size)")
+
+
 def test_other_entries_and_hidden_kinds_are_drawn(page: browser.Page, artifact: Artifact) -> None:
     page.run("[...byId('entries').children].find(tab => tab.textContent === 'infer').click()")
     assert "of infer" in text_of(page, "#tensors-title")
@@ -268,6 +301,17 @@ def test_all_tensors_can_be_listed(page: browser.Page, artifact: Artifact) -> No
     alive = line.alive(int(line.total().argmax()))
     page.run("document.querySelector('#call .more').click()")
     assert page.run("document.querySelectorAll('#call td:first-child code').length") == len(alive)
+
+
+def test_all_modules_can_be_listed(page: browser.Page) -> None:
+    page.run("moduleTable([['a.b', 3], ['c', 2], ['', 1]], 2)")
+    assert text_of(page, "#modules .more") == "Show 1 more"
+    page.run("document.querySelector('#modules .more').click()")
+    assert page.run("[...document.querySelectorAll('#modules code')].map(cell => cell.textContent)") == [
+        "a.b",
+        "c",
+        "<model>",
+    ]
 
 
 def test_dark_scheme_has_other_colours(page: browser.Page, file: Path) -> None:

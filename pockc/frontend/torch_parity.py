@@ -47,6 +47,12 @@ def named_arrays(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any
     return {name: torch.as_tensor(value).detach().numpy().copy() for name, value in example_inputs.items()}
 
 
+def model_tensors(model: nn.Module) -> dict[str, Array]:
+    """Parameters and buffers of a model by name, tied ones under their first name alone."""
+    named = (*model.named_parameters(), *model.named_buffers())
+    return {name: tensor.detach().numpy().copy() for name, tensor in named}
+
+
 @dataclass
 class Reference:
     """A copy of a model, trained step by step with PyTorch's own optimizer.
@@ -56,6 +62,7 @@ class Reference:
         trained: Names of the updated parameters with their channel selections.
         loss, loss_options, optimizer, batchnorm, accumulation: As for ``pockc.build``.
         double: Compute in float64, to see how far float32 itself is from exact arithmetic.
+        weights: Tensors by name that replace the model's.
 
     Raises:
         UserError: the model would apply dropout, whose random numbers differ between the two.
@@ -69,10 +76,15 @@ class Reference:
     batchnorm: str = "fold"
     accumulation: int = 1
     double: bool = False
+    weights: Mapping[str, Array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _refuse_dropout(self.model)
         self.model = copy.deepcopy(self.model)
+        own: dict[str, Tensor] = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        with torch.no_grad():
+            for name, array in self.weights.items():
+                own[name].copy_(torch.from_numpy(np.ascontiguousarray(array)))
         if self.double:
             self.model.double()
         for module in self.model.modules():

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 FAMILIES = (
     "elementwise", "activation", "masks", "reduce", "shape", "linear", "conv", "pool", "norm", "softmax",
-    "attention", "embedding", "dropout", "loss", "optimizer", "optimizer8",
+    "attention", "embedding", "dropout", "loss", "loss_tiles", "optimizer", "optimizer8",
 )  # fmt: skip
 
 
@@ -59,6 +59,7 @@ class OpDef:
     Attributes are exactly the keyword-only parameters of ``type_rule``, in that order; their defaults apply.
     ``in_place`` lists the inputs whose buffer the first output may take over when nothing reads them later.
     ``view`` marks ops whose output is the same bytes as their first input (reshape).
+    ``weight`` is the input, if any, that may be a compact frozen weight (pockc/compact.py); references get it as f32.
     """
 
     name: str
@@ -69,6 +70,7 @@ class OpDef:
     in_place: tuple[int, ...] = ()
     view: bool = False
     saves: str = ""  # what the gradient keeps of the forward pass, for `pockc inspect`
+    weight: int | None = None
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -113,11 +115,12 @@ def define(
     in_place: tuple[int, ...] = (),
     view: bool = False,
     saves: str = "",
+    weight: int | None = None,
 ) -> None:
     """Add an op to the table; InternalError if the name is taken."""
     if name in OPS:
         raise InternalError(f"op {name!r} is defined twice")
-    OPS[name] = OpDef(name, type_rule, reference, vjp, tuple(samples), in_place, view, saves)
+    OPS[name] = OpDef(name, type_rule, reference, vjp, tuple(samples), in_place, view, saves, weight)
 
 
 def infer(

@@ -49,6 +49,11 @@ def require_dtype(name: str, type_: TensorType, *dtypes: str) -> None:
     require(type_.dtype in dtypes, f"{name} must be {' or '.join(dtypes)}, not {type_}")
 
 
+def require_weight(name: str, type_: TensorType) -> None:
+    """Raise ValueError unless the operand ``name`` is f32, or a compact frozen weight."""
+    require(type_.dtype == "f32" or type_.is_compact, f"{name} must be f32, not {type_}")
+
+
 def require_type(name: str, found: TensorType, expected: TensorType) -> None:
     """Raise ValueError unless the operand ``name`` has exactly this type."""
     require(found == expected, f"{name} must be {expected}, not {found}")

@@ -15,7 +15,17 @@ from pockc.errors import InternalError
 from pockc.ir import Array, Builder, Node, TensorType, Value
 from pockc.ops import Sample, define
 from pockc.ops.activation import apply_epilogue, require_epilogue, torch_epilogue
-from pockc.ops.common import Cotangents, Gradients, Need, cotangent_of, f32, require, require_dtype, require_type
+from pockc.ops.common import (
+    Cotangents,
+    Gradients,
+    Need,
+    cotangent_of,
+    f32,
+    require,
+    require_dtype,
+    require_type,
+    require_weight,
+)
 
 Pair = tuple[int, int]
 Padding = tuple[int, int, int, int]  # top, bottom, left, right
@@ -92,12 +102,13 @@ def _conv2d_rule(
     high: float = 0.0,
 ) -> TensorType:
     require_dtype("x", x, "f32")
-    require_dtype("w", w, "f32")
+    require_weight("w", w)
     require(len(x.shape) == 4 and len(w.shape) == 4, f"x and w must have four axes, not {x} and {w}")
     batch, *size, channels = x.shape
     filters, *kernel, _ = w.shape
     _require_groups(channels, filters, groups)
-    require_type("w", w, f32(filters, *kernel, channels // groups))
+    expected = TensorType((filters, *kernel, channels // groups), w.dtype)
+    require_type("w", w, expected)
     if bias is not None:
         require_type("the bias", bias, f32(filters))
     require_epilogue(activation, low, high)
@@ -214,6 +225,7 @@ define(
         ),
     ],
     saves="x if w needs a gradient, w if x does",
+    weight=1,
 )
 
 
@@ -318,6 +330,7 @@ define(
     type_rule=_conv2d_grad_input_rule,
     reference=_conv2d_grad_input,
     samples=_grad_samples(input_gradient=True),
+    weight=1,
 )
 define(
     "conv2d_grad_weight",

@@ -6,11 +6,11 @@ import numpy as np
 
 from pockc.ir import Array, Builder, Node, TensorType, Value
 from pockc.ops import Sample, define
-from pockc.ops.common import f32, require, require_dtype, unary_vjp
+from pockc.ops.common import f32, require, require_dtype, require_type, require_weight, unary_vjp
 
 
 def _embedding_rule(weight: TensorType, ids: TensorType, *, padding_index: int = -1) -> TensorType:
-    require_dtype("the weight", weight, "f32")
+    require_weight("the weight", weight)
     require(len(weight.shape) == 2, f"the weight must be f32[V,D], not {weight}")
     require_dtype("the ids", ids, "i64")
     _require_padding_index(padding_index, weight.shape[0])
@@ -47,23 +47,28 @@ define(
         Sample((f32(5, 3), _IDS), {"padding_index": 4}, lambda t, w, i: t.nn.functional.embedding(i, w, 4)),
     ],
     saves="ids",
+    weight=0,
 )
 
 
-def _embedding_grad_rule(ct: TensorType, ids: TensorType, *, rows: int, padding_index: int = -1) -> TensorType:
+def _embedding_grad_rule(
+    ct: TensorType, ids: TensorType, base: TensorType | None = None, *, rows: int, padding_index: int = -1
+) -> TensorType:
     require_dtype("ct", ct, "f32")
     require_dtype("the ids", ids, "i64")
     require(ct.shape[:-1] == ids.shape and len(ct.shape) > 0, f"{ct} is not a row for each of {ids}")
     require(rows > 0, f"the table must have rows, not {rows}")
     _require_padding_index(padding_index, rows)
+    if base is not None:
+        require_type("base", base, f32(rows, ct.shape[-1]))
     return f32(rows, ct.shape[-1])
 
 
-def _embedding_grad(ct: Array, ids: Array, *, rows: int, padding_index: int = -1) -> Array:
-    gradient = np.zeros((rows, ct.shape[-1]), ct.dtype)
-    np.add.at(gradient, ids, ct)
-    if padding_index >= 0:
-        gradient[padding_index] = 0
+# With ``base``, what is already known of the table's gradient: the sum, without a second table.
+def _embedding_grad(ct: Array, ids: Array, base: Array | None = None, *, rows: int, padding_index: int = -1) -> Array:
+    gradient = np.zeros((rows, ct.shape[-1]), ct.dtype) if base is None else base.copy()
+    counted = ids != padding_index
+    np.add.at(gradient, ids[counted], ct[counted])
     return gradient
 
 
@@ -78,5 +83,14 @@ define(
             lambda t, ct, i, p=padding: t.ops.aten.embedding_dense_backward(ct, i, 5, p, False),
         )
         for padding in (-1, 4, 0)
+    ]
+    + [
+        Sample(
+            (f32(2, 3, 4), _IDS, f32(5, 4)),
+            {"rows": 5, "padding_index": padding},
+            lambda t, ct, i, x, p=padding: x + t.ops.aten.embedding_dense_backward(ct, i, 5, p, False),
+        )
+        for padding in (-1, 4)
     ],
+    in_place=(2,),
 )

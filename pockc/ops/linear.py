@@ -21,6 +21,7 @@ from pockc.ops.common import (
     require,
     require_dtype,
     require_type,
+    require_weight,
     reshaped,
     unbroadcast,
 )
@@ -38,7 +39,8 @@ def _matmul_rule(
     high: float = 0.0,
 ) -> TensorType:
     require_dtype("a", a, "f32")
-    require_dtype("b", b, "f32")
+    require_weight("b", b)
+    require(len(b.shape) == 2 or not b.is_compact, f"a compact b must be one matrix, not {b}")
     require(min(len(a.shape), len(b.shape)) >= 2, f"the operands must have at least two axes, not {a} and {b}")
     rows, inner_a = _matrix_shape(a, transpose_a)
     inner_b, columns = _matrix_shape(b, transpose_b)
@@ -150,4 +152,5 @@ define(
         _sample(f32(3, 4), f32(4, 5), fused=True, activation="hardswish"),
     ],
     saves="a if b needs a gradient, b if a does",
+    weight=1,
 )

@@ -1,6 +1,7 @@
 """Optimizer steps: the new parameter and the new slots. ``step`` is 1 at the first step.
 
 With ``indices`` only those positions of ``p`` along ``axis`` are updated; the gradient and the slots have just them.
+With ``start`` of 0 or more, the rows of ``p`` and of the slots from there on for which there are rows of the gradient.
 The order of operations is that of torch.optim, so that trajectories agree to rounding.
 """
 
@@ -19,9 +20,14 @@ from pockc.ops.common import f32, require, require_axis, require_dtype, require_
 STEP = TensorType((), "i64")
 
 
-def require_update(p: TensorType, slices: Mapping[str, TensorType], indices: TensorType | None, axis: int) -> None:
+def require_update(
+    p: TensorType, slices: Mapping[str, TensorType], indices: TensorType | None, axis: int, start: int = -1
+) -> None:
     """The gradient and the slots match the parameter, or the updated part of it."""
     require_dtype("p", p, "f32")
+    if start >= 0:
+        _require_rows(p, slices, indices, start)
+        return
     expected = p
     if indices is not None:
         require_axis(axis, len(p.shape))
@@ -30,6 +36,34 @@ def require_update(p: TensorType, slices: Mapping[str, TensorType], indices: Ten
         expected = f32(*p.shape[:axis], indices.shape[0], *p.shape[axis + 1 :])
     for name, slot in slices.items():
         require_type(name, slot, expected)
+
+
+def _require_rows(p: TensorType, slices: Mapping[str, TensorType], indices: TensorType | None, start: int) -> None:
+    """The gradient has some rows of the parameter, the slots have all."""
+    g, *slots = slices.values()
+    require(indices is None, "an update of rows from a start on takes no indices")
+    require(p.shape[1:] == g.shape[1:] and min(len(p.shape), len(g.shape)) > 0, f"{g} holds no rows of {p}")
+    require(start + g.shape[0] <= p.shape[0], f"rows {start} to {start + g.shape[0]} are not all in {p}")
+    require_type("g", g, f32(*g.shape))
+    for slot in slots:
+        require_type("a slot", slot, p)
+
+
+def _on_rows(whole: Callable[..., Any], slots: int) -> Callable[..., Any]:
+    """The reference with ``start``: that of the rows alone, and what it gives in their place in ``p`` and the slots."""
+
+    def run(p: Array, g: Array, *rest: Array, start: int = -1, **attrs: Any) -> Any:
+        if start < 0:
+            return whole(p, g, *rest, **attrs)
+        rows = slice(start, start + len(g))
+        states = (p, *rest[:slots])
+        parts = whole(p[rows], g, *(slot[rows] for slot in rest[:slots]), *rest[slots:], **attrs)
+        results = tuple(state.copy() for state in states)
+        for result, part in zip(results, parts if slots else (parts,), strict=True):
+            result[rows] = part
+        return results if slots else results[0]
+
+    return run
 
 
 def _part(p: Array, indices: Array | None, axis: int) -> Array:
@@ -56,8 +90,9 @@ def _sgd_rule(
     *,
     weight_decay: float = 0.0,
     axis: int = 0,
+    start: int = -1,
 ) -> TensorType:
-    require_update(p, {"g": g}, indices, axis)
+    require_update(p, {"g": g}, indices, axis, start)
     require_type("lr", lr, f32())
     return p
 
@@ -88,7 +123,25 @@ def _samples(
     ):
         operands = (whole, *(part,) * (1 + slots), *scalars, indices)
         found.append(Sample(operands, {**last, "axis": axis}, _torch_part(torch(last), axis), low=0.1))
+    for whole, part, start in ((f32(5, 7), f32(2, 7), 2), (f32(6), f32(6), 0), (f32(37, 3, 2), f32(21, 3, 2), 16)):
+        operands = (whole, part, *(whole,) * slots, *scalars)
+        found.append(Sample(operands, {**last, "start": start}, _torch_rows(torch(last), slots, start), low=0.1))
     return found
+
+
+def _torch_rows(whole: Callable[..., Any], slots: int, start: int) -> Callable[..., Any]:
+    """The update of the rows from ``start`` on, from that of a whole parameter."""
+
+    def run(torch: Any, p: Any, g: Any, *rest: Any) -> Any:
+        states = (p, *rest[:slots])
+        parts = whole(
+            torch, p[start : start + len(g)], g, *(x[start : start + len(g)] for x in states[1:]), *rest[slots:]
+        )
+        parts = parts if isinstance(parts, tuple) else (parts,)
+        results = [torch.cat([x[:start], part, x[start + len(g) :]]) for x, part in zip(states, parts, strict=True)]
+        return tuple(results)
+
+    return run
 
 
 def _torch_part(whole: Callable[..., Any], axis: int) -> Callable[..., Any]:
@@ -124,7 +177,7 @@ def _torch_step(name: str, slots: tuple[str, ...], options: Mapping[str, Any]) -
 define(
     "sgd",
     type_rule=_sgd_rule,
-    reference=_sgd,
+    reference=_on_rows(_sgd, 0),
     samples=_samples(
         0,
         (RATE,),
@@ -151,8 +204,9 @@ def _momentum_rule(
     nesterov: bool = False,
     weight_decay: float = 0.0,
     axis: int = 0,
+    start: int = -1,
 ) -> tuple[TensorType, TensorType]:
-    require_update(p, {"g": g, "m": m}, indices, axis)
+    require_update(p, {"g": g, "m": m}, indices, axis, start)
     require_type("lr", lr, f32())
     require_type("step", step, STEP)
     require(not nesterov or (momentum > 0 and dampening == 0), "nesterov needs momentum above 0 and no dampening")
@@ -195,7 +249,7 @@ def _torch_momentum(attrs: Mapping[str, Any]) -> Callable[..., Any]:
 define(
     "momentum",
     type_rule=_momentum_rule,
-    reference=momentum_step,
+    reference=_on_rows(momentum_step, 1),
     samples=[
         *_samples(1, (RATE, np.int64(1)), _MOMENTUM_ATTRS, _torch_momentum),
         *_samples(1, (RATE, np.int64(3)), _MOMENTUM_ATTRS, _torch_momentum),
@@ -222,8 +276,9 @@ def _adam_rule(
     weight_decay: float = 0.0,
     decoupled: bool = True,
     axis: int = 0,
+    start: int = -1,
 ) -> tuple[TensorType, TensorType, TensorType]:
-    require_update(p, {"g": g, "m": m, "v": v}, indices, axis)
+    require_update(p, {"g": g, "m": m, "v": v}, indices, axis, start)
     require_type("lr", lr, f32())
     require_type("step", step, STEP)
     require(0 <= beta1 < 1 and 0 <= beta2 < 1, f"the betas must lie in [0, 1), not {beta1} and {beta2}")
@@ -282,7 +337,7 @@ def _torch_adam(attrs: Mapping[str, Any]) -> Any:
 define(
     "adam",
     type_rule=_adam_rule,
-    reference=adam_step,
+    reference=_on_rows(adam_step, 2),
     samples=[
         *_samples(2, (RATE, np.int64(1)), _ADAM_ATTRS, _torch_adam),
         *_samples(2, (RATE, np.int64(7)), _ADAM_ATTRS, _torch_adam),
@@ -305,8 +360,9 @@ def _lion_rule(
     beta2: float,
     weight_decay: float = 0.0,
     axis: int = 0,
+    start: int = -1,
 ) -> tuple[TensorType, TensorType]:
-    require_update(p, {"g": g, "m": m}, indices, axis)
+    require_update(p, {"g": g, "m": m}, indices, axis, start)
     require_type("lr", lr, f32())
     require(0 <= beta1 < 1 and 0 <= beta2 < 1, f"the betas must lie in [0, 1), not {beta1} and {beta2}")
     return p, m
@@ -344,7 +400,7 @@ def _torch_lion(attrs: Mapping[str, Any]) -> Any:
 define(
     "lion",
     type_rule=_lion_rule,
-    reference=lion_step,
+    reference=_on_rows(lion_step, 1),
     samples=_samples(
         1,
         (RATE,),

@@ -35,6 +35,7 @@ struct Output {
 
   Output(const Program& program, const Argument& argument);
   const float* floats() const { return static_cast<const float*>(tensor.data); }
+  const int64_t* integers() const { return static_cast<const int64_t*>(tensor.data); }
 };
 
 // Where the entry has an output `loss` of one float32, else -1.
@@ -42,8 +43,9 @@ int find_loss(const Program& program, const EntryRecord& entry);
 
 // Loss and accuracy over samples. The last batch is filled up with samples from the start: they count for
 // nothing, except that a data set smaller than one batch has its loss over the filled batch. Loss: mean over
-// the full batches. Accuracy: over every sample, from the first float32 output [batch, classes] and the int64
-// input `labels` [batch] (labels below zero are not counted); NaN when the program has no such pair.
+// the full batches. Accuracy: over every sample, from the int64 outputs `correct` and `counted` [batch], else
+// from the first float32 output [batch, classes] and the int64 input `labels` [batch] (labels below zero are
+// not counted); NaN when the program has neither.
 class Evaluator {
  public:
   Status open(const std::string& path, const Model& model);
@@ -57,12 +59,15 @@ class Evaluator {
 
  private:
   void count_correct(int64_t real);
+  void add_counts(int64_t real);
 
   const EntryRecord* entry_ = nullptr;
   Dataset data_;
   std::vector<Output> outputs_;
   int loss_output_ = -1;
   int logits_output_ = -1;
+  int correct_output_ = -1;
+  int counted_output_ = -1;
   int64_t correct_ = 0;
   int64_t counted_ = 0;
   double loss_ = 0;

@@ -17,6 +17,16 @@ int find_logits(const Program& program, const EntryRecord& entry, int64_t batch)
   return -1;
 }
 
+// Where the entry has an output of this name that counts something per sample, else -1.
+int find_counts(const Program& program, const EntryRecord& entry, const char* name, int64_t batch) {
+  for (size_t i = 0; i < entry.outputs.size(); ++i) {
+    const Tensor& type = program.tensors[entry.outputs[i].tensor].type;
+    const bool fits = type.dtype == DType::kI64 && type.rank == 1 && type.dims[0] == batch;
+    if (fits && entry.outputs[i].name == name) return static_cast<int>(i);
+  }
+  return -1;
+}
+
 bool has_labels(const Program& program, const EntryRecord& entry, int64_t batch) {
   for (const Argument& input : entry.inputs) {
     const Tensor& type = program.tensors[input.tensor].type;
@@ -56,6 +66,8 @@ Status Evaluator::open(const std::string& path, const Model& model) {
   POCKC_TRY(data_.open(path, model.program, *entry_));
   for (const Argument& argument : entry_->outputs) outputs_.emplace_back(model.program, argument);
   loss_output_ = find_loss(model.program, *entry_);
+  correct_output_ = find_counts(model.program, *entry_, "correct", data_.batch_size());
+  counted_output_ = find_counts(model.program, *entry_, "counted", data_.batch_size());
   if (has_labels(model.program, *entry_, data_.batch_size())) {
     logits_output_ = find_logits(model.program, *entry_, data_.batch_size());
   }
@@ -78,12 +90,23 @@ Status Evaluator::run(Model* model, bool show_progress) {
       loss_sum += static_cast<double>(outputs_[loss_output_].floats()[0]);
       ++loss_batches;
     }
-    if (logits_output_ >= 0) count_correct(real);
+    if (correct_output_ >= 0 && counted_output_ >= 0) {
+      add_counts(real);
+    } else if (logits_output_ >= 0) {
+      count_correct(real);
+    }
     progress.show(i + 1, "");
   }
   loss_ = loss_batches == 0 ? NAN : loss_sum / static_cast<double>(loss_batches);
   accuracy_ = counted_ == 0 ? NAN : static_cast<double>(correct_) / static_cast<double>(counted_);
   return PK_OK;
+}
+
+void Evaluator::add_counts(int64_t real) {
+  for (int64_t i = 0; i < real; ++i) {
+    correct_ += outputs_[correct_output_].integers()[i];
+    counted_ += outputs_[counted_output_].integers()[i];
+  }
 }
 
 void Evaluator::count_correct(int64_t real) {

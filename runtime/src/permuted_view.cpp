@@ -7,9 +7,10 @@ namespace pockc {
 PermutedView::PermutedView(const StateRecord& state, const Tensor& stored)
     : stored_(stored.as<unsigned char>()),
       elements_(stored.elements()),
-      element_size_(dtype_size(stored.dtype)),
+      element_size_(is_compact(stored.dtype) ? sizeof(float) : dtype_size(stored.dtype)),
       identity_(true),
       rank_(stored.rank) {
+  if (is_compact(stored.dtype)) compact_ = compact_rows(stored);
   int64_t stride = 1;
   for (int axis = rank_ - 1; axis >= 0; --axis) {
     const int original = state.permutation_rank == 0 ? axis : state.permutation[axis];
@@ -20,7 +21,8 @@ PermutedView::PermutedView(const StateRecord& state, const Tensor& stored)
   }
 }
 
-// Calls copy(stored element, position in the range) for every element of the range, in the user's order.
+// Calls copy(index of the stored element, position in the range) for the elements of the range, in the user's
+// order.
 template <typename Copy>
 void PermutedView::walk(int64_t begin, int64_t count, Copy copy) const {
   int64_t index[kMaxRank] = {};
@@ -32,7 +34,7 @@ void PermutedView::walk(int64_t begin, int64_t count, Copy copy) const {
     offset += index[axis] * strides_[axis];
   }
   for (int64_t position = 0; position < count; ++position) {
-    copy(stored_ + offset * static_cast<int64_t>(element_size_), position);
+    copy(offset, position);
     for (int axis = rank_ - 1; axis >= 0; --axis) {
       offset += strides_[axis];
       if (++index[axis] < dims_[axis]) break;
@@ -45,12 +47,25 @@ void PermutedView::walk(int64_t begin, int64_t count, Copy copy) const {
 void PermutedView::gather(int64_t begin, int64_t count, void* out) const {
   unsigned char* bytes = static_cast<unsigned char*>(out);
   const int64_t size = static_cast<int64_t>(element_size_);
+  if (compact_.data != nullptr) {
+    gather_decoded(begin, count, bytes);
+    return;
+  }
   if (identity_) {
     std::memcpy(bytes, stored_ + begin * size, count * size);
     return;
   }
+  const unsigned char* stored = stored_;
   walk(begin, count,
-       [=](const unsigned char* element, int64_t i) { std::memcpy(bytes + i * size, element, size); });
+       [=](int64_t element, int64_t i) { std::memcpy(bytes + i * size, stored + element * size, size); });
+}
+
+void PermutedView::gather_decoded(int64_t begin, int64_t count, unsigned char* out) const {
+  walk(begin, count, [&](int64_t element, int64_t i) {
+    float value;
+    decode(compact_, element / compact_.columns, element % compact_.columns, 1, &value);
+    std::memcpy(out + i * static_cast<int64_t>(sizeof(value)), &value, sizeof(value));
+  });
 }
 
 void PermutedView::scatter(int64_t begin, int64_t count, const void* in) const {
@@ -60,8 +75,9 @@ void PermutedView::scatter(int64_t begin, int64_t count, const void* in) const {
     std::memcpy(stored_ + begin * size, bytes, count * size);
     return;
   }
+  unsigned char* stored = stored_;
   walk(begin, count,
-       [=](unsigned char* element, int64_t i) { std::memcpy(element, bytes + i * size, size); });
+       [=](int64_t element, int64_t i) { std::memcpy(stored + element * size, bytes + i * size, size); });
 }
 
 }  // namespace pockc

@@ -1,6 +1,7 @@
 // The file around the program: header, section table, checksums.
 #include "program.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "byte_reader.h"
@@ -36,9 +37,12 @@ Status read_header(const char* path, Bytes file, uint32_t* section_count, uint8_
   const uint32_t header_crc = reader.u32();
   if (crc32(0, file.data, 28) != header_crc)
     return fail(PK_BAD_FILE, "%s: the header's checksum is wrong", path);
-  if (version != kFormatVersion) {
-    return fail(PK_BAD_FILE, "%s has format version %u, this runtime reads version %u: rebuild the program",
-                path, version, kFormatVersion);
+  if (version < 1 || version > kFormatVersion) {
+    return fail(
+        PK_BAD_FILE,
+        "%s has format version %u, this runtime reads versions 1 to %u: rebuild the program, or update the "
+        "runtime",
+        path, version, kFormatVersion);
   }
   if (size > kMaxFileBytes)
     return fail(PK_BAD_FILE, "%s: the header is corrupt: the size is out of range", path);
@@ -58,7 +62,20 @@ Status read_header(const char* path, Bytes file, uint32_t* section_count, uint8_
   return PK_OK;
 }
 
-Status read_sections(const char* path, Bytes file, uint32_t section_count, Sections* sections) {
+// The CRC of a section. Its pages are given back as they are read: a file of weights would be resident as a
+// whole otherwise, which may be more than a training step ever touches.
+uint32_t checksum(const MappedFile& file, uint64_t offset, uint64_t size) {
+  constexpr uint64_t kChunk = uint64_t{8} << 20;
+  uint32_t crc = 0;
+  for (uint64_t done = 0; done < size; done += kChunk) {
+    crc = crc32(crc, file.data() + offset + done, std::min(kChunk, size - done));
+    if (size > kChunk) file.drop_pages();
+  }
+  return crc;
+}
+
+Status read_sections(const char* path, const MappedFile& mapped, uint32_t section_count, Sections* sections) {
+  const Bytes file{mapped.data(), mapped.size()};
   ByteReader reader(file.data + kHeaderBytes, section_count * kSectionRecordBytes);
   uint64_t previous_end = kHeaderBytes + section_count * kSectionRecordBytes;
   for (uint32_t i = 0; i < section_count; ++i) {
@@ -75,7 +92,7 @@ Status read_sections(const char* path, Bytes file, uint32_t section_count, Secti
     if (id == 0 || id >= kSectionIds) continue;  // of a later minor version: not needed to run the program
     if (sections->of[id].data != nullptr)
       return fail(PK_BAD_FILE, "%s: two %s sections", path, kSectionNames[id]);
-    if (crc32(0, file.data + offset, size) != crc) {
+    if (checksum(mapped, offset, size) != crc) {
       return fail(PK_BAD_FILE,
                   "%s: the checksum of the %s section is wrong: the file is corrupt, copy it again", path,
                   kSectionNames[id]);
@@ -88,13 +105,14 @@ Status read_sections(const char* path, Bytes file, uint32_t section_count, Secti
 }  // namespace
 
 const char* dtype_name(DType dtype) {
-  constexpr const char* kNames[] = {"float32", "int64", "int32", "uint8", "bool"};
+  constexpr const char* kNames[] = {"float32", "int64", "int32", "uint8", "bool", "bf16", "q8", "q4"};
   return kNames[static_cast<int>(dtype)];
 }
 
 Tensor StateRecord::original_type(const Tensor& stored) const {
   Tensor type = stored;
   type.data = nullptr;
+  if (is_compact(stored.dtype)) type.dtype = DType::kF32;
   for (int axis = 0; axis < permutation_rank; ++axis) type.dims[permutation[axis]] = stored.dims[axis];
   return type;
 }
@@ -126,7 +144,7 @@ Status load_program(const char* path, Program* program) {
   uint32_t section_count = 0;
   POCKC_TRY(read_header(path, file, &section_count, program->hash));
   Sections sections;
-  POCKC_TRY(read_sections(path, file, section_count, &sections));
+  POCKC_TRY(read_sections(path, program->file, section_count, &sections));
   if (sections.of[kProgram].data == nullptr) return fail(PK_BAD_FILE, "%s has no program section", path);
   const Bytes metadata = sections.of[kMetadata];
   if (metadata.data != nullptr) {
@@ -139,7 +157,7 @@ Status load_program(const char* path, Program* program) {
   program->golden = sections.of[kGolden];
   POCKC_TRY(read_program_section(sections.of[kProgram], program));
   POCKC_TRY(check_program(*program));
-  program->file.drop_pages();  // the checksums have read everything; training touches less
+  program->file.drop_pages();  // the checks have read more than training touches
   return PK_OK;
 }
 

@@ -7,17 +7,19 @@
 #include <string>
 #include <vector>
 
+#include "compact.h"
 #include "file.h"
 #include "pockc/kernel.h"
 
 namespace pockc {
 
-constexpr uint32_t kFormatVersion = 1;
+constexpr uint32_t kFormatVersion = 2;  // and below
 constexpr size_t kHashBytes = 32;
 
 enum class Storage : uint8_t { kArena = 0, kData = 1 };
 enum class StateKind : uint8_t { kParameter = 0, kBuffer = 1, kConstant = 2, kSlot = 3, kCounter = 4 };
 
+// Of one element; compact weights have none of their own.
 constexpr size_t dtype_size(DType dtype) {
   switch (dtype) {
     case DType::kI64:
@@ -51,7 +53,7 @@ struct StateRecord {
   uint32_t tensor = 0;
   uint64_t initial = 0;  // offset into DATA
 
-  // The shape in the user's layout of the tensor that is stored as `stored`.
+  // Shape and dtype, as the user sees them, of the tensor that is stored as `stored`.
   Tensor original_type(const Tensor& stored) const;
 };
 

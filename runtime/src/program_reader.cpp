@@ -22,17 +22,25 @@ Status truncated(const char* table, size_t index) {
   return fail(PK_BAD_FILE, "the program section is corrupt: %s %zu is cut off or out of range", table, index);
 }
 
+// Of at most kMaxBytes elements: no row takes more than 20 bytes an element.
+uint64_t compact_bytes(const Tensor& type) {
+  const int64_t columns = type.elements() / type.dims[0];
+  return static_cast<uint64_t>(type.dims[0]) * static_cast<uint64_t>(row_bytes(type.dtype, columns));
+}
+
 Status read_tensor(ByteReader& reader, size_t index, TensorRecord* record) {
   const uint8_t dtype = reader.u8();
   const uint8_t storage = reader.u8();
   const uint8_t rank = reader.u8();
   const uint8_t zero = reader.u8();
-  if (reader.failed() || dtype > 4 || storage > 1 || rank > kMaxRank || zero != 0)
+  if (reader.failed() || dtype > 7 || storage > 1 || rank > kMaxRank || zero != 0)
     return truncated("tensor", index);
   record->type.dtype = static_cast<DType>(dtype);
   record->type.rank = rank;
   record->storage = static_cast<Storage>(storage);
   record->bytes = dtype_size(record->type.dtype);
+  const bool compact = is_compact(record->type.dtype);
+  if (compact && (rank < 2 || record->storage != Storage::kData)) return truncated("tensor", index);
   for (int axis = 0; axis < rank; ++axis) {
     const int64_t size = reader.i64();
     if (size < 1 || static_cast<uint64_t>(size) > kMaxBytes / record->bytes)
@@ -40,6 +48,7 @@ Status read_tensor(ByteReader& reader, size_t index, TensorRecord* record) {
     record->type.dims[axis] = size;
     record->bytes *= static_cast<uint64_t>(size);
   }
+  if (compact) record->bytes = compact_bytes(record->type);
   record->offset = reader.u64();
   if (reader.failed() || record->offset % kAlignment != 0) return truncated("tensor", index);
   return PK_OK;

@@ -125,10 +125,12 @@ void Session::set_pointers(BoundEntry* entry) {
 }
 
 void Session::set_initial_states() {
+  constexpr uint64_t kManyBytes = uint64_t{1} << 20;
   for (const StateRecord& state : program_->states) {
     if (!state.is_mutable) continue;
     const TensorRecord& tensor = program_->tensors[state.tensor];
     std::memcpy(arena_ + tensor.offset, program_->data.data + state.initial, tensor.bytes);
+    if (tensor.bytes >= kManyBytes) program_->file.drop_pages();  // else all would be in memory twice
   }
 }
 

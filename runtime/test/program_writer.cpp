@@ -253,7 +253,7 @@ ProgramWriter mean_program(uint32_t accumulation) {
     train.calls.push_back(writer.call("add", {gradient, sum}, {gradient}));
     train.calls.push_back(writer.call("sub", {sum, sum}, {sum}));
   }
-  train.calls.push_back(writer.call("sgd", {w, gradient, lr}, {w}, {0}, {0.0}));
+  train.calls.push_back(writer.call("sgd", {w, gradient, lr}, {w}, {0, -1}, {0.0}));
   train.calls.push_back(writer.call("add", {step, constant_one}, {step}));
 
   EntryRecord evaluate = train;

@@ -113,6 +113,10 @@ OPS = frozenset(
         "cross_entropy",
         "cross_entropy_grad",
         "count_correct",
+        "cross_entropy_tile",
+        "cross_entropy_of_tiles",
+        "cross_entropy_grad_tile",
+        "count_correct_of_tiles",
         # optimizers
         "sgd",
         "momentum",

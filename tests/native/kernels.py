@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from pockc.artifact_writer import flatten
+from pockc.artifact_writer import DTYPE_CODES, flatten
 from pockc.ir import DTYPES, NUMPY_DTYPES, Array, TensorType, dtype_of
 from pockc.ops import complete_attributes
 
@@ -111,7 +111,7 @@ def _command(*words: str) -> None:
 def _tensors(types: Sequence[TensorType], blocks: Sequence[Block] | None) -> Any:
     array = (_Tensor * max(1, len(types)))()
     for i, type_ in enumerate(types):
-        array[i].dtype = list(DTYPES).index(type_.dtype)
+        array[i].dtype = DTYPE_CODES.index(type_.dtype)
         array[i].rank = len(type_.shape)
         array[i].dims[: min(8, len(type_.shape))] = type_.shape[:8]
         array[i].data = blocks[i].address if blocks is not None else None

@@ -212,3 +212,16 @@ def test_a_trained_depthwise_weight_adds_its_scaling_alone() -> None:
     check(before, after)
     assert op_counts(after.nodes) == {"conv2d": 3, "add": 1, "mul": 1}
     assert after.states[after.state("depthwise.weight")].permutation == (0, 2, 3, 1)
+
+
+def test_gradient_of_a_table_adds_to_the_one_that_is_there() -> None:
+    b = Builder()
+    ct, ids = b.input("ct", TensorType((4, 3))), b.constant(np.array([1, 0, 1, 4]), "i64")
+    base = b("exp", b.input("base", TensorType((5, 3))))
+    scatter = b("embedding_grad", ct, ids, rows=5)
+    before = b.build({"y": b("add", base, scatter)})
+    after = fuse.run(before, recipe())
+    check(before, after)
+    assert [node.op for node in after.nodes] == ["exp", "embedding_grad"]
+    twice = b.build({"y": b("add", base, scatter), "gradient": scatter})
+    assert op_counts(fuse.run(twice, recipe()).nodes)["add"] == 1

@@ -29,8 +29,9 @@ class ThreadPool;
 
 using Status = pk_status;  // PK_OK on success
 
-// Same order and codes as pk_dtype.
-enum class DType : uint8_t { kF32 = 0, kI64 = 1, kI32 = 2, kU8 = 3, kBool = 4 };
+// The codes of program files. The first five are those of pk_dtype; the others are frozen weights in fewer
+// bytes (kernels/compact.h), which lie in the file alone: callers of the C interface see them as floats.
+enum class DType : uint8_t { kF32 = 0, kI64 = 1, kI32 = 2, kU8 = 3, kBool = 4, kBF16 = 5, kQ8 = 6, kQ4 = 7 };
 constexpr int kMaxRank = 8;
 constexpr size_t kAlignment = 64;
 

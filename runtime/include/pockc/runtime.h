@@ -36,6 +36,7 @@ typedef enum pk_status {
   PK_INTERNAL = 9
 } pk_status;
 
+/* Frozen weights may be stored in fewer bytes: they are described, and read, as PK_F32. */
 typedef enum pk_dtype { PK_F32 = 0, PK_I64 = 1, PK_I32 = 2, PK_U8 = 3, PK_BOOL = 4 } pk_dtype;
 
 #define PK_MAX_RANK 8

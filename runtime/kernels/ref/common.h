@@ -11,6 +11,7 @@
 #include <initializer_list>
 #include <limits>
 
+#include "compact.h"
 #include "pockc/kernel.h"
 
 namespace pockc::ref {
@@ -103,8 +104,10 @@ class Attributes {
 
 inline bool no_attributes(const Call& call) { return Attributes(call).valid(); }
 
-inline bool well_formed(const Tensor& tensor) {
-  if (tensor.dtype > DType::kBool || tensor.rank < 0 || tensor.rank > kMaxRank) return false;
+inline bool well_formed(const Tensor& tensor, bool may_be_compact = false) {
+  const bool compact = may_be_compact && is_compact(tensor.dtype) && tensor.rank >= 2;
+  if (tensor.dtype > DType::kBool && !compact) return false;
+  if (tensor.rank < 0 || tensor.rank > kMaxRank) return false;
   int64_t elements = 1;
   for (int i = 0; i < tensor.rank; ++i) {
     if (tensor.dims[i] < 1 || tensor.dims[i] > kMaxElements / elements) return false;
@@ -113,12 +116,13 @@ inline bool well_formed(const Tensor& tensor) {
   return true;
 }
 
-// Operand counts, and tensors whose shape alone makes sense. The first condition of every check.
-inline bool has_operands(const Call& call, int least_inputs, int most_inputs, int outputs) {
+// Operand counts, and tensors whose shape alone makes sense. The first condition of every check. Only the
+// input `weight` may be compact: no other kernel could tell how many bytes such a tensor has.
+inline bool has_operands(const Call& call, int least_inputs, int most_inputs, int outputs, int weight = -1) {
   if (call.input_count < least_inputs || call.input_count > most_inputs || call.output_count != outputs)
     return false;
   for (int i = 0; i < call.input_count; ++i) {
-    if (!well_formed(call.inputs[i])) return false;
+    if (!well_formed(call.inputs[i], i == weight)) return false;
   }
   for (int i = 0; i < call.output_count; ++i) {
     if (!well_formed(call.outputs[i])) return false;
@@ -128,9 +132,12 @@ inline bool has_operands(const Call& call, int least_inputs, int most_inputs, in
 
 inline bool is_f32(const Tensor& tensor) { return tensor.dtype == DType::kF32; }
 
-inline bool all_f32(const Call& call) {
+// Floats, or compact frozen weights.
+inline bool is_weight(const Tensor& tensor) { return is_f32(tensor) || is_compact(tensor.dtype); }
+
+inline bool all_f32(const Call& call, int weight = -1) {
   for (int i = 0; i < call.input_count; ++i) {
-    if (!is_f32(call.inputs[i])) return false;
+    if (i == weight ? !is_weight(call.inputs[i]) : !is_f32(call.inputs[i])) return false;
   }
   for (int i = 0; i < call.output_count; ++i) {
     if (!is_f32(call.outputs[i])) return false;
@@ -355,6 +362,19 @@ inline void add_scaled(float factor, const float* __restrict x, float* __restric
     for (int lane = 0; lane < kLanes; ++lane) y[i + lane] += factor * x[i + lane];
   }
   for (int64_t i = whole; i < count; ++i) y[i] += factor * x[i];
+}
+
+// Calls body(values, begin, count) along elements [first, first + length) of a row of compact weights,
+// decoded a piece at a time: `begin` counts from `first`.
+template <typename Body>
+void for_decoded(const CompactRows& rows, int64_t row, int64_t first, int64_t length, Body&& body) {
+  constexpr int64_t kPiece = 256;
+  float values[kPiece];
+  for (int64_t begin = 0; begin < length; begin += kPiece) {
+    const int64_t count = length - begin < kPiece ? length - begin : kPiece;
+    decode(rows, row, first + begin, count, values);
+    body(values, begin, count);
+  }
 }
 
 // Refuses ids (`what`: "id", "index") outside [0, limit).

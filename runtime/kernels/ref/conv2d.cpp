@@ -1,4 +1,5 @@
-// conv2d(x, w, [bias]; stride, padding, dilation, groups, activation, low, high): geometry in conv.h.
+// conv2d(x, w, [bias]; stride, padding, dilation, groups, activation, low, high): geometry in conv.h. w may
+// be compact.
 #include "activation.h"
 #include "conv.h"
 
@@ -23,10 +24,20 @@ void add_tap(const Conv& conv, const float* x, const float* w, float* y) {
   }
 }
 
+// The same with compact weights.
+void add_compact_tap(const Conv& conv, const float* x, const CompactRows& w, int64_t tap, float* y) {
+  const int64_t depth = conv.group_channels();
+  for (int64_t o = 0; o < conv.out_channels; ++o) {
+    for_decoded(w, o, tap * depth, depth, [&](const float* values, int64_t begin, int64_t count) {
+      y[o] += dot(x + conv.first_channel(o) + begin, values, count);
+    });
+  }
+}
+
 }  // namespace
 
 Status check_conv2d(const Call& call) {
-  if (!has_operands(call, 2, 3, 1) || !all_f32(call)) return PK_BAD_FILE;
+  if (!has_operands(call, 2, 3, 1, 1) || !all_f32(call, 1)) return PK_BAD_FILE;
   const Tensor &x = call.inputs[0], &w = call.inputs[1], &y = call.outputs[0];
   if (!all_rank_4(x, w, y)) return PK_BAD_FILE;
   Attributes attributes(call);
@@ -45,10 +56,17 @@ Status run_conv2d(const Call& call) {
   const float* bias = call.input_count == 3 ? call.inputs[2].as<float>() : nullptr;
   float* y = call.outputs[0].as<float>();
   fill_zero(call.outputs[0]);
-  for_each_tap(conv, [&](int64_t x_pixel, int64_t y_pixel, int64_t tap) {
-    add_tap(conv, x + x_pixel * conv.channels, w + tap * conv.group_channels(),
-            y + y_pixel * conv.out_channels);
-  });
+  if (is_compact(call.inputs[1].dtype)) {
+    const CompactRows rows = compact_rows(call.inputs[1]);
+    for_each_tap(conv, [&](int64_t x_pixel, int64_t y_pixel, int64_t tap) {
+      add_compact_tap(conv, x + x_pixel * conv.channels, rows, tap, y + y_pixel * conv.out_channels);
+    });
+  } else {
+    for_each_tap(conv, [&](int64_t x_pixel, int64_t y_pixel, int64_t tap) {
+      add_tap(conv, x + x_pixel * conv.channels, w + tap * conv.group_channels(),
+              y + y_pixel * conv.out_channels);
+    });
+  }
   const int64_t pixels = conv.batch * conv.out_height * conv.out_width;
   for (int64_t pixel = 0; pixel < pixels; ++pixel) {
     finish_row(epilogue, bias, y + pixel * conv.out_channels, conv.out_channels);

@@ -1,46 +1,27 @@
-// cross_entropy(logits[N,C], labels i64[N]; ignore_index, label_smoothing) -> f32[]: with e the smoothing and
-// l the log-softmax, the mean over the rows that are not ignored of -(1 - e) * l[label] - e / C * sum(l); NaN
-// if all are. cross_entropy_grad(ct, logits, labels; ...) = ct / rows * (softmax - (1 - e) * [label] - e /
-// C), 0 for ignored rows; the output may be the logits themselves. A label outside [0, C) that is not
-// ignored: PK_INVALID_ARGUMENT. count_correct(logits, labels; ignore_index) -> i64[]: rows whose first
-// maximum is the label.
+// cross_entropy(logits[N,C], labels i64[M]; ignore_index, label_smoothing, first_row) -> f32[]: with e the
+// smoothing and l the log-softmax, the mean over the rows that are not ignored of
+// -(1 - e) * l[label] - e / C * sum(l); NaN if all are. Labels belong to M >= first_row + N rows, of which
+// the logits are those from first_row on: then it is their share of the mean. cross_entropy_grad(ct, logits,
+// labels; ...) = ct / rows * (softmax - (1 - e) * [label] - e / C), 0 for ignored rows; the output may be the
+// logits themselves. A label outside [0, C) that is not ignored: PK_INVALID_ARGUMENT. count_correct(logits,
+// labels; samples, ignore_index) -> (i64[samples], i64[samples]): how many of each sample's rows have the
+// label as their first maximum, and how many are not ignored.
 #include <cmath>
 
-#include "common.h"
+#include "cross_entropy.h"
 
 namespace pockc::ref {
 namespace {
-
-struct Loss {
-  int64_t ignore_index;
-  double smoothing;
-};
 
 bool fits(const Tensor& logits, const Tensor& labels) {
   return logits.rank == 2 && is_f32(logits) && labels.dtype == DType::kI64 &&
          has_shape(labels, {logits.dims[0]});
 }
 
-Loss read(Attributes& attributes) {
-  Loss loss;
-  loss.ignore_index = attributes.integer();
-  loss.smoothing = attributes.number();
-  return loss;
-}
-
-// How many rows are not ignored; fails when the label of one of them is no class.
-Status count_rows(const Tensor& labels, int64_t classes, int64_t ignore_index, int64_t& counted) {
-  counted = 0;
-  for (int64_t i = 0; i < labels.dims[0]; ++i) {
-    const int64_t label = labels.as<int64_t>()[i];
-    if (label == ignore_index) continue;
-    if (label < 0 || label >= classes) {
-      return fail(PK_INVALID_ARGUMENT, "label %lld at position %lld is not one of %lld classes",
-                  static_cast<long long>(label), static_cast<long long>(i), static_cast<long long>(classes));
-    }
-    ++counted;
-  }
-  return PK_OK;
+// Whether the labels are those of the logits' rows, which begin at first_row.
+bool has_labels(const Tensor& logits, const Tensor& labels, int64_t first_row) {
+  return logits.rank == 2 && is_f32(logits) && labels.dtype == DType::kI64 && labels.rank == 1 &&
+         first_row >= 0 && first_row <= labels.dims[0] && labels.dims[0] - first_row >= logits.dims[0];
 }
 
 double log_sum_exp(const float* x, int64_t length) {
@@ -56,22 +37,24 @@ double log_sum_exp(const float* x, int64_t length) {
 Status check_cross_entropy(const Call& call) {
   if (!has_operands(call, 2, 2, 1)) return PK_BAD_FILE;
   Attributes attributes(call);
-  read(attributes);
-  return verdict(attributes.valid() && fits(call.inputs[0], call.inputs[1]) &&
+  read_cross_entropy(attributes);
+  const int64_t first_row = attributes.integer();
+  return verdict(attributes.valid() && has_labels(call.inputs[0], call.inputs[1], first_row) &&
                  is_scalar(call.outputs[0], DType::kF32));
 }
 
 Status run_cross_entropy(const Call& call) {
   const Tensor &logits = call.inputs[0], &labels = call.inputs[1];
   Attributes attributes(call);
-  const Loss loss = read(attributes);
+  const CrossEntropy loss = read_cross_entropy(attributes);
+  const int64_t first_row = attributes.integer();
   const int64_t classes = logits.dims[1];
   int64_t counted = 0;
   const Status status = count_rows(labels, classes, loss.ignore_index, counted);
   if (status != PK_OK) return status;
   double total = 0.0;
   for (int64_t i = 0; i < logits.dims[0]; ++i) {
-    const int64_t label = labels.as<int64_t>()[i];
+    const int64_t label = labels.as<int64_t>()[first_row + i];
     if (label == loss.ignore_index) continue;
     const float* row = logits.as<float>() + i * classes;
     const double normaliser = log_sum_exp(row, classes);
@@ -90,15 +73,18 @@ Status run_cross_entropy(const Call& call) {
 Status check_cross_entropy_grad(const Call& call) {
   if (!has_operands(call, 3, 3, 1)) return PK_BAD_FILE;
   Attributes attributes(call);
-  read(attributes);
+  read_cross_entropy(attributes);
+  const int64_t first_row = attributes.integer();
   return verdict(attributes.valid() && is_scalar(call.inputs[0], DType::kF32) &&
-                 fits(call.inputs[1], call.inputs[2]) && same_type(call.outputs[0], call.inputs[1]));
+                 has_labels(call.inputs[1], call.inputs[2], first_row) &&
+                 same_type(call.outputs[0], call.inputs[1]));
 }
 
 Status run_cross_entropy_grad(const Call& call) {
   const Tensor &logits = call.inputs[1], &labels = call.inputs[2];
   Attributes attributes(call);
-  const Loss loss = read(attributes);
+  const CrossEntropy loss = read_cross_entropy(attributes);
+  const int64_t first_row = attributes.integer();
   const int64_t classes = logits.dims[1];
   int64_t counted = 0;
   const Status status = count_rows(labels, classes, loss.ignore_index, counted);
@@ -106,7 +92,7 @@ Status run_cross_entropy_grad(const Call& call) {
   const double factor = *call.inputs[0].as<float>() / static_cast<double>(counted);
   const double spread = loss.smoothing / static_cast<double>(classes);
   for (int64_t i = 0; i < logits.dims[0]; ++i) {
-    const int64_t label = labels.as<int64_t>()[i];
+    const int64_t label = labels.as<int64_t>()[first_row + i];
     const float* row = logits.as<float>() + i * classes;
     float* out = call.outputs[0].as<float>() + i * classes;
     if (label == loss.ignore_index) {
@@ -123,25 +109,19 @@ Status run_cross_entropy_grad(const Call& call) {
 }
 
 Status check_count_correct(const Call& call) {
-  if (!has_operands(call, 2, 2, 1)) return PK_BAD_FILE;
-  Attributes attributes(call);
-  attributes.integer();
-  return verdict(attributes.valid() && fits(call.inputs[0], call.inputs[1]) &&
-                 is_scalar(call.outputs[0], DType::kI64));
+  return verdict(has_operands(call, 2, 2, 2) && fits(call.inputs[0], call.inputs[1]) &&
+                 counts_samples(call, call.inputs[1]));
 }
 
 Status run_count_correct(const Call& call) {
   const Tensor &logits = call.inputs[0], &labels = call.inputs[1];
-  const int64_t ignore_index = Attributes(call).integer(), classes = logits.dims[1];
-  int64_t correct = 0;
-  for (int64_t i = 0; i < logits.dims[0]; ++i) {
+  const int64_t classes = logits.dims[1];
+  count_samples(call, labels, [&](int64_t i) {
     const float* row = logits.as<float>() + i * classes;
     int64_t best = 0;
     for (int64_t c = 1; c < classes; ++c) best = row[c] > row[best] ? c : best;
-    const int64_t label = labels.as<int64_t>()[i];
-    if (label != ignore_index && label == best) ++correct;
-  }
-  *call.outputs[0].as<int64_t>() = correct;
+    return best;
+  });
   return PK_OK;
 }
 

@@ -1,5 +1,6 @@
 // matmul(a, b, [bias]; transpose_a, transpose_b, activation, low, high) -> activation(op(a) op(b) + bias)
-// The last two axes are the matrices, after the transpositions; the axes before them broadcast.
+// The last two axes are the matrices, after the transpositions; the axes before them broadcast. A matrix b,
+// alone, may be compact.
 #include "activation.h"
 
 namespace pockc::ref {
@@ -23,12 +24,15 @@ Matmul read(Attributes& attributes) {
 struct Matrix {
   const float* data;
   int64_t rows, columns, row_stride, column_stride;
+  CompactRows compact = {};  // instead of data
 };
 
 Matrix matrix_of(const Tensor& tensor, bool transpose) {
   const int64_t rows = tensor.dims[tensor.rank - 2], columns = tensor.dims[tensor.rank - 1];
-  if (transpose) return {tensor.as<float>(), columns, rows, 1, columns};
-  return {tensor.as<float>(), rows, columns, columns, 1};
+  Matrix matrix = {tensor.as<float>(), rows, columns, columns, 1};
+  if (transpose) matrix = {tensor.as<float>(), columns, rows, 1, columns};
+  if (is_compact(tensor.dtype)) matrix.compact = compact_rows(tensor);
+  return matrix;
 }
 
 // The tensor without its matrix axes.
@@ -101,8 +105,37 @@ void multiply_by_dots(const Matrix& a, const Matrix& b, float* out) {
   }
 }
 
+float strided_dot(const float* x, int64_t stride, const float* y, int64_t count) {
+  if (stride == 1) return dot(x, y, count);
+  double total = 0.0;
+  for (int64_t i = 0; i < count; ++i) total += static_cast<double>(x[i * stride]) * y[i];
+  return static_cast<float>(total);
+}
+
+// b is compact: every piece of a stored row meets all rows of a, as part of a column of op(b) or of a row.
+void multiply_compact(const Matmul& matmul, const Matrix& a, const Matrix& b, float* out) {
+  for (int64_t i = 0; i < a.rows * b.columns; ++i) out[i] = 0.0f;
+  const int64_t stored_rows = matmul.transpose_b ? b.columns : b.rows;
+  for (int64_t stored = 0; stored < stored_rows; ++stored) {
+    for_decoded(b.compact, stored, 0, b.compact.columns,
+                [&](const float* values, int64_t begin, int64_t count) {
+                  for (int64_t row = 0; row < a.rows; ++row) {
+                    const float* x = a.data + row * a.row_stride;
+                    float* y = out + row * b.columns;
+                    if (matmul.transpose_b) {
+                      y[stored] += strided_dot(x + begin * a.column_stride, a.column_stride, values, count);
+                    } else {
+                      add_scaled(x[stored * a.column_stride], values, y + begin, count);
+                    }
+                  }
+                });
+  }
+}
+
 void multiply(const Matmul& matmul, const Matrix& a, const Matrix& b, const float* bias, float* out) {
-  if (matmul.transpose_b && !matmul.transpose_a) {
+  if (b.compact.data != nullptr) {
+    multiply_compact(matmul, a, b, out);
+  } else if (matmul.transpose_b && !matmul.transpose_a) {
     multiply_by_dots(a, b, out);
   } else if (!matmul.transpose_b) {
     multiply_by_rows(a, b, out);
@@ -116,9 +149,10 @@ void multiply(const Matmul& matmul, const Matrix& a, const Matrix& b, const floa
 }  // namespace
 
 Status check_matmul(const Call& call) {
-  if (!has_operands(call, 2, 3, 1) || !all_f32(call)) return PK_BAD_FILE;
+  if (!has_operands(call, 2, 3, 1, 1) || !all_f32(call, 1)) return PK_BAD_FILE;
   const Tensor &left = call.inputs[0], &right = call.inputs[1], &out = call.outputs[0];
   if (left.rank < 2 || right.rank < 2 || out.rank < 2) return PK_BAD_FILE;
+  if (is_compact(right.dtype) && right.rank != 2) return PK_BAD_FILE;
   Attributes attributes(call);
   const Matmul matmul = read(attributes);
   if (!attributes.valid()) return PK_BAD_FILE;

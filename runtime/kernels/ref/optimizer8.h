@@ -17,7 +17,7 @@ namespace pockc::ref {
 constexpr int64_t kBlock = 256;
 
 // `slots` pairs of codes and scales after p and g, then scalars and indices as everywhere.
-inline bool fits_update8(const Call& call, int slots, int scalars, int axis) {
+inline bool fits_update8(const Call& call, int slots, int scalars, const Part& part) {
   const Tensor& p = call.inputs[0];
   const Tensor& g = call.inputs[1];
   if (!is_f32(p) || !is_f32(g) || !same_type(p, call.outputs[0])) return false;
@@ -30,7 +30,7 @@ inline bool fits_update8(const Call& call, int slots, int scalars, int axis) {
     if (!same_type(codes, call.outputs[1 + 2 * i]) || !same_type(scale, call.outputs[2 + 2 * i]))
       return false;
   }
-  return fits_rest(call, 2 + 2 * slots, scalars, axis);
+  return fits_rest(call, 2 + 2 * slots, scalars, part);
 }
 
 struct SignedLaw {
@@ -61,6 +61,8 @@ struct RootLaw {
 template <typename Law>
 class CodedSlot {
  public:
+  static constexpr bool kHasStart = false;  // a block may span rows
+
   CodedSlot(const Call& call, int index)
       : codes_(call.inputs[2 + 2 * index].as<uint8_t>()),
         scale_(call.inputs[3 + 2 * index].as<float>()),

@@ -1,4 +1,4 @@
-// sgd(p, g, lr, [indices]; weight_decay, axis) -> p' = p - lr * (g + weight_decay * p)
+// sgd(p, g, lr, [indices]; weight_decay, axis, start) -> p' = p - lr * (g + weight_decay * p)
 #include "optimizer.h"
 
 namespace pockc::ref {
@@ -6,13 +6,13 @@ namespace {
 
 struct Sgd {
   float weight_decay;
-  int axis;
+  Part part;
 };
 
 Sgd read(Attributes& attributes) {
   Sgd sgd;
   sgd.weight_decay = attributes.number_f32();
-  sgd.axis = update_axis(attributes);
+  sgd.part = updated_part(attributes);
   return sgd;
 }
 
@@ -22,16 +22,17 @@ Status check_sgd(const Call& call) {
   if (!has_operands(call, 3, 4, 1)) return PK_BAD_FILE;
   Attributes attributes(call);
   const Sgd sgd = read(attributes);
-  return verdict(attributes.valid() && fits_update(call, 2, 1, sgd.axis));
+  return verdict(attributes.valid() && fits_update(call, 2, 1, sgd.part));
 }
 
 Status run_sgd(const Call& call) {
   Attributes attributes(call);
   const Sgd sgd = read(attributes);
-  float* p = call.outputs[0].as<float>();
+  const int64_t before = elements_before(call, sgd.part);
+  float* p = call.outputs[0].as<float>() + before;
   const float* g = call.inputs[1].as<float>();
   const float rate = *call.inputs[2].as<float>();
-  return for_each_updated(call, 3, sgd.axis, [=](int64_t at, int64_t from) {
+  return for_each_updated(call, 3, sgd.part, [=](int64_t at, int64_t from) {
     float gradient = g[from];
     if (sgd.weight_decay != 0.0f) gradient += sgd.weight_decay * p[at];
     p[at] -= rate * gradient;

@@ -29,8 +29,7 @@ Gemm product(const Call& call, const Convolution& c, const Patches& patches) {
   g.a.data = call.inputs[0].as<float>();
   g.a.stride = c.channels;
   if (!c.pointwise()) g.a.patches = &patches;
-  g.b.data = call.inputs[1].as<float>();
-  g.b.stride = g.k;
+  set_weight(call.inputs[1], 0, g.k, &g.b);
   g.b.transposed = true;
   g.c.data = call.outputs[0].as<float>();
   g.c.stride = c.out_channels;
@@ -61,7 +60,7 @@ Status run_conv2d(const Call& call) {
   for (int64_t group = 0; group < c.groups; ++group) {
     patches = c.patches(x, group);
     g.a.data = x + group * c.group_in();
-    g.b.data = call.inputs[1].as<float>() + group * g.n * g.k;
+    set_weight(call.inputs[1], group * g.n, g.k, &g.b);
     g.c.data = call.outputs[0].as<float>() + group * g.n;
     if (epilogue.bias != nullptr) g.epilogue.bias = epilogue.bias + group * g.n;
     gemm_parallel(call, g, workspace(call));

@@ -74,8 +74,6 @@ Phase::Phase(const Call& call, const Convolution& c, int64_t phase_h, int64_t ph
   g.a.data = p.image;
   g.a.stride = c.out_channels;
   if (!c.pointwise()) g.a.patches = &p;
-  g.b.data = call.inputs[1].as<float>();
-  g.b.stride = c.taps() * g.n;
   g.b.group_offsets = c.taps() == 1 ? nullptr : offsets;
   g.b.group_size = c.group_out();
   first_output = (phase_h * c.width + phase_w) * c.channels;
@@ -103,11 +101,11 @@ void run_phase(const Call& call, const Convolution& c, Phase& phase) {
     if (g.k == 0) {
       zero_phase(call, g);
     } else {
+      set_weight(call.inputs[1], group * c.group_out(), c.taps() * g.n, &g.b);
       gemm_parallel(call, g, workspace(call));
     }
     phase.patches.image += c.group_out();
     g.a.data += c.group_out();
-    g.b.data += c.group_out() * g.b.stride;
     g.c.data += g.n;
   }
 }

@@ -55,9 +55,21 @@ struct Convolution {
 
 inline bool convolution_fits(const Call& call, const Convolution& c) {
   for (int i = 0; i < call.input_count; ++i) {
-    if (!is_f32(call.inputs[i]) || elements(call.inputs[i]) == 0) return false;
+    if (elements(call.inputs[i]) == 0) return false;
   }
   return elements(call.outputs[0]) > 0 && c.kernel_h <= kMaxTaps && c.kernel_w <= kMaxTaps;
+}
+
+// The weight as the right matrix of one group's product: from its row `first` on, `stride` floats each where
+// plain.
+inline void set_weight(const Tensor& w, int64_t first, int64_t stride, RightMatrix* b) {
+  b->stride = stride;
+  if (!is_compact(w.dtype)) {
+    b->data = w.as<float>() + first * stride;
+    return;
+  }
+  b->compact = compact_rows(w);
+  b->compact.data += first * b->compact.stride;
 }
 
 // Depthwise kernels (depthwise.cpp, depthwise_grad_weight.cpp). Workspace, shared by all threads:

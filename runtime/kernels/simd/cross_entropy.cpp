@@ -1,41 +1,13 @@
 // cross_entropy and its gradient (the maths: see the reference kernel). Row losses go to the workspace, [N]
 // floats, and are added by sixteen lanes, so the result does not depend on how rows are split.
-#include "simd/attributes.h"
-#include "simd/softmax_row.h"
+#include "simd/cross_entropy.h"
 
 namespace pockc {
 namespace POCKC_SIMD_NAMESPACE {
 namespace {
 
-struct Loss {
-  int64_t ignore_index;
-  double smoothing;
-};
-
-Loss read(const Call& call) { return {call.ints[0], call.floats[0]}; }
-
-// The rows that count; fails where a label is no class.
-Status count_rows(const Tensor& labels, int64_t classes, int64_t ignore_index, int64_t* counted) {
-  *counted = 0;
-  for (int64_t i = 0; i < labels.dims[0]; ++i) {
-    const int64_t label = labels.as<int64_t>()[i];
-    if (label == ignore_index) continue;
-    if (label < 0 || label >= classes) {
-      return fail(PK_INVALID_ARGUMENT, "label %lld at position %lld is not one of %lld classes",
-                  static_cast<long long>(label), static_cast<long long>(i), static_cast<long long>(classes));
-    }
-    ++*counted;
-  }
-  return PK_OK;
-}
-
-float row_sum(const float* x, int64_t n) {
-  Lanes sum = Lanes::all(0);
-  for_lanes(n, [&](int j, int64_t i, int64_t valid) POCKC_LAMBDA { sum.v[j] += load_n(x + i, valid); });
-  return sum.sum();
-}
-
-int64_t row_grain(int64_t classes) { return maximum<int64_t>(1, kElementGrain / 4 / classes); }
+CrossEntropy read(const Call& call) { return {call.ints[0], call.floats[0]}; }
+int64_t first_row(const Call& call) { return call.ints[1]; }
 
 }  // namespace
 
@@ -44,13 +16,13 @@ bool accepts_cross_entropy(const Call& call) {
 }
 
 Status run_cross_entropy(const Call& call) {
-  const Loss loss = read(call);
+  const CrossEntropy loss = read(call);
   const int64_t rows = call.inputs[0].dims[0], classes = call.inputs[0].dims[1];
   int64_t counted = 0;
   const Status status = count_rows(call.inputs[1], classes, loss.ignore_index, &counted);
   if (status != PK_OK) return status;
   const float* logits = call.inputs[0].as<float>();
-  const int64_t* labels = call.inputs[1].as<int64_t>();
+  const int64_t* labels = call.inputs[1].as<int64_t>() + first_row(call);
   float* losses = workspace(call);
   const float keep = static_cast<float>(1.0 - loss.smoothing), spread = static_cast<float>(loss.smoothing);
   parallel(call, rows, row_grain(classes), [&](int64_t begin, int64_t end, int) {
@@ -72,13 +44,13 @@ Status run_cross_entropy(const Call& call) {
 bool accepts_cross_entropy_grad(const Call& call) { return elements(call.inputs[1]) > 0; }
 
 Status run_cross_entropy_grad(const Call& call) {
-  const Loss loss = read(call);
+  const CrossEntropy loss = read(call);
   const int64_t rows = call.inputs[1].dims[0], classes = call.inputs[1].dims[1];
   int64_t counted = 0;
   const Status status = count_rows(call.inputs[2], classes, loss.ignore_index, &counted);
   if (status != PK_OK) return status;
   const float* logits = call.inputs[1].as<float>();
-  const int64_t* labels = call.inputs[2].as<int64_t>();
+  const int64_t* labels = call.inputs[2].as<int64_t>() + first_row(call);
   float* out = call.outputs[0].as<float>();
   const float factor = *call.inputs[0].as<float>() / static_cast<float>(counted);
   const float spread = static_cast<float>(loss.smoothing / static_cast<double>(classes));

@@ -133,8 +133,24 @@ void run_row(const Row& row) {
   }
 }
 
+void decode_weights(const Convolution& c, const CompactRows& rows, float* packed) {
+  float taps[kMaxTaps];
+  for (int64_t channel = 0; channel < c.channels; ++channel) {
+    for (int64_t begin = 0; begin < c.taps(); begin += kMaxTaps) {
+      const int64_t count = minimum<int64_t>(kMaxTaps, c.taps() - begin);
+      decode(rows, channel, begin, count, taps);
+      for (int64_t i = 0; i < count; ++i) packed[(begin + i) * c.channels + channel] = taps[i];
+    }
+  }
+}
+
 // Weights [C][taps] to [taps][C].
-void repack_weights(const Convolution& c, const float* w, float* packed) {
+void repack_weights(const Convolution& c, const Tensor& weight, float* packed) {
+  if (is_compact(weight.dtype)) {
+    decode_weights(c, compact_rows(weight), packed);
+    return;
+  }
+  const float* w = weight.as<float>();
   for (int64_t tap = 0; tap < c.taps(); ++tap) {
     for (int64_t channel = 0; channel < c.channels; ++channel) {
       packed[tap * c.channels + channel] = w[channel * c.taps() + tap];
@@ -191,7 +207,7 @@ int64_t depthwise_floats(const Convolution& c) { return round_up(c.taps() * c.ch
 
 void depthwise_forward(const Call& call, const Convolution& c, const Epilogue& epilogue) {
   float* packed = workspace(call);
-  repack_weights(c, call.inputs[1].as<float>(), packed);
+  repack_weights(c, call.inputs[1], packed);
   const float* x = call.inputs[0].as<float>();
   Row shared;
   shared.taps = static_cast<int>(c.kernel_w);
@@ -229,7 +245,7 @@ void depthwise_forward(const Call& call, const Convolution& c, const Epilogue& e
 
 void depthwise_grad_input(const Call& call, const Convolution& c) {
   float* packed = workspace(call);
-  repack_weights(c, call.inputs[1].as<float>(), packed);
+  repack_weights(c, call.inputs[1], packed);
   parallel(call, c.batch * c.height, row_grain(c, c.width), [&](int64_t begin, int64_t end, int) {
     for (int64_t i = begin; i < end; ++i) grad_input_row(call, c, packed, i / c.height, i % c.height);
   });

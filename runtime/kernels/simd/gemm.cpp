@@ -10,14 +10,15 @@ namespace {
 
 // --- B ---
 
-// One vector-wide column strip of the panel from rows of B transposed: from[n * stride + k].
-void pack_transposed(const float* from, int64_t stride, int64_t depth, int64_t columns, float* to,
+// One vector-wide column strip of the panel from rows of B transposed: element k0 + k of row n0 + n.
+template <typename Rows>
+void pack_transposed(const Rows& rows, int64_t n0, int64_t k0, int64_t depth, int64_t columns, float* to,
                      int64_t to_stride) {
   for (int64_t k = 0; k < depth; k += W) {
     const int64_t valid = minimum<int64_t>(W, depth - k);
     vf x[W];
     POCKC_UNROLL
-    for (int i = 0; i < W; ++i) x[i] = i < columns ? load_n(from + i * stride + k, valid) : vf{};
+    for (int i = 0; i < W; ++i) x[i] = i < columns ? rows.load(n0 + i, k0 + k, valid) : vf{};
     transpose_square<1>(x);
     if (valid == W) {
       POCKC_UNROLL
@@ -28,29 +29,50 @@ void pack_transposed(const float* from, int64_t stride, int64_t depth, int64_t c
   }
 }
 
-POCKC_INLINE const float* right_row(const RightMatrix& b, int64_t k) {
-  if (b.group_offsets == nullptr) return b.data + k * b.stride;
-  const int64_t group = k / b.group_size;
-  return b.data + b.group_offsets[group] + (k - group * b.group_size) * b.stride;
-}
+// Where row k of B begins: a stored row, and the offset into it.
+struct RightRow {
+  int64_t row, offset;
 
-// `columns` floats, then zeros up to a whole vector.
-POCKC_INLINE void copy_row(const float* from, int64_t columns, float* to) {
-  for_vectors(0, columns,
-              [&](int64_t i, int64_t valid) POCKC_LAMBDA { store(to + i, load_n(from + i, valid)); });
+  POCKC_INLINE RightRow(const RightMatrix& b, int64_t k) : row(k), offset(0) {
+    if (b.group_offsets == nullptr) return;
+    const int64_t group = k / b.group_size;
+    row = k - group * b.group_size;
+    offset = b.group_offsets[group];
+  }
+};
+
+// `columns` floats of a row, then anything up to a whole vector: those columns of C are never stored.
+template <typename Rows>
+POCKC_INLINE void copy_row(const Rows& rows, int64_t row, int64_t offset, int64_t columns, float* to) {
+  for_vectors(0, columns, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
+    store(to + i, rows.load(row, offset + i, valid));
+  });
 }
 
 int64_t panel_width(int64_t columns) { return round_up(minimum<int64_t>(columns, kTileColumns), W); }
 
-void pack_panel(const RightMatrix& b, int64_t k0, int64_t depth, int64_t n0, int64_t columns, float* to) {
+template <typename Rows>
+void pack_rows(const Rows& rows, const RightMatrix& b, int64_t k0, int64_t depth, int64_t n0, int64_t columns,
+               float* to) {
   const int64_t width = panel_width(columns);
   if (b.transposed) {
     for (int64_t n = 0; n < columns; n += W) {
-      pack_transposed(b.data + (n0 + n) * b.stride + k0, b.stride, depth, columns - n, to + n, width);
+      pack_transposed(rows, n0 + n, k0, depth, columns - n, to + n, width);
     }
     return;
   }
-  for (int64_t k = 0; k < depth; ++k) copy_row(right_row(b, k0 + k) + n0, columns, to + k * width);
+  for (int64_t k = 0; k < depth; ++k) {
+    const RightRow at(b, k0 + k);
+    copy_row(rows, at.row, at.offset + n0, columns, to + k * width);
+  }
+}
+
+void pack_panel(const RightMatrix& b, int64_t k0, int64_t depth, int64_t n0, int64_t columns, float* to) {
+  if (b.compact.data == nullptr) {
+    pack_rows(FloatRows{b.data, b.stride}, b, k0, depth, n0, columns, to);
+    return;
+  }
+  with_compact_rows(b.compact, [&](const auto& rows) { pack_rows(rows, b, k0, depth, n0, columns, to); });
 }
 
 // Patches are written row by row, and a row spans all panels of the block.
@@ -62,7 +84,8 @@ void pack_patches(const Patches& patches, int64_t k0, int64_t depth, int64_t n0,
     copy_patch(patches, at, first, columns, row);
     for (int64_t n = 0; n < columns; n += kTileColumns) {
       const int64_t width = panel_width(columns - n);
-      copy_row(row + n, minimum<int64_t>(columns - n, kTileColumns), to + n * depth + k * width);
+      const FloatRows copied{row, 0};
+      copy_row(copied, 0, n, minimum<int64_t>(columns - n, kTileColumns), to + n * depth + k * width);
     }
   }
 }
@@ -210,8 +233,8 @@ void gemm_part(const Gemm& gemm, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
                float* scratch) {
   const int64_t panels = divide_up(m1 - m0, kTileRows);
   // Few rows: B is used so seldom that copying it does not pay, and the weights are streamed once.
-  const bool direct =
-      panels <= 2 && !gemm.b.transposed && gemm.b.patches == nullptr && gemm.b.group_offsets == nullptr;
+  const bool direct = panels <= 2 && !gemm.b.transposed && gemm.b.patches == nullptr &&
+                      gemm.b.group_offsets == nullptr && gemm.b.compact.data == nullptr;
   const int64_t step = block / kTileColumns * kTileColumns;
   float* packed = scratch + left_scratch(gemm.k, is_copied(gemm.a));
   for (int64_t n = n0; n < n1; n += step) {

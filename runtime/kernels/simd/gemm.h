@@ -20,6 +20,7 @@
 #include "simd/math.h"
 #include "simd/patches.h"
 #include "simd/simd.h"
+#include "simd/weights.h"
 
 namespace pockc {
 namespace POCKC_SIMD_NAMESPACE {
@@ -47,6 +48,7 @@ struct RightMatrix {
   // shifted by group_offsets[k / group_size]. Null: plain.
   const int64_t* group_offsets = nullptr;
   int64_t group_size = 0;
+  CompactRows compact;  // instead of data and stride, where its data is not null: decoded while B is packed
 };
 
 struct OutputMatrix {

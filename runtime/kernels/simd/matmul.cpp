@@ -1,5 +1,5 @@
-// matmul: one GEMM per batch item; a rank-2 b with a higher-rank a is one GEMM over all rows. Workspace:
-// gemm_scratch floats, or part_scratch for each thread that takes whole items.
+// matmul: one GEMM per batch item; a rank-2 b with a higher-rank a is one GEMM over all rows. A rank-2 b may
+// be compact. Workspace: gemm_scratch floats, or part_scratch for each thread that takes whole items.
 #include "simd/attributes.h"
 #include "simd/gemm.h"
 
@@ -32,7 +32,11 @@ Product describe(const Call& call) {
   g.b.stride = last_dim(b);
   g.c.stride = g.n;
   g.a.data = a.as<float>();
-  g.b.data = b.as<float>();
+  if (is_compact(b.dtype)) {
+    g.b.compact = compact_rows(b);
+  } else {
+    g.b.data = b.as<float>();
+  }
   g.c.data = out.as<float>();
   if (call.input_count > 2) g.epilogue.bias = call.inputs[2].as<float>();
   for (int i = 0; i < out.rank - 2; ++i) product.batch *= out.dims[i];
@@ -62,7 +66,8 @@ int64_t batch_index(const Tensor& t, const Tensor& out, int64_t batch) {
 Gemm batch_item(const Call& call, const Product& product, int64_t batch) {
   Gemm g = product.gemm;
   g.a.data += batch_index(call.inputs[0], call.outputs[0], batch) * g.m * g.k;
-  g.b.data += batch_index(call.inputs[1], call.outputs[0], batch) * g.k * g.n;
+  if (g.b.compact.data == nullptr)
+    g.b.data += batch_index(call.inputs[1], call.outputs[0], batch) * g.k * g.n;
   g.c.data += batch * g.m * g.n;
   return g;
 }

@@ -1,7 +1,8 @@
 // Parameter updates: sgd, momentum, adam, lion, in the formula order of torch (see the reference kernels).
 //
 // With an index list, runs of consecutive indices are runs of memory in p, g and the slots alike, so both
-// cases are the same update of a run [to, to + n) of p from [from, from + n) of g. Outputs may be the
+// cases are the same update of a run [to, to + n) of p from [from, from + n) of g. With a start, rows of p
+// and of the whole slots from there on are updated: their pointers are moved to that row. Outputs may be the
 // operands themselves.
 #include "simd/optimizer.h"
 
@@ -18,15 +19,33 @@ bool float_operands(const Call& call, int state) {
   return elements(call.inputs[0]) > 0;
 }
 
+struct Part {
+  int64_t axis, start;
+};
+
+// The last attributes, the first of which is the integer at `position`.
+Part updated_part(const Call& call, int position) { return {call.ints[position], call.ints[position + 1]}; }
+
+int64_t elements_before(const Call& call, const Part& part) {
+  return part.start <= 0 ? 0 : part.start * (elements(call.inputs[0]) / call.inputs[0].dims[0]);
+}
+
+void copy_unless_same(const Tensor& from, const Tensor& to) {
+  if (to.data != from.data)
+    std::memcpy(to.data, from.data, static_cast<size_t>(elements(from)) * sizeof(float));
+}
+
 // update(to, from, n) over everything that is updated; `operands` without the optional indices.
 template <typename Update>
-Status for_runs(const Call& call, int operands, int64_t axis, Update&& update) {
+Status for_runs(const Call& call, int operands, const Part& part, Update&& update) {
   const Tensor& p = call.inputs[0];
-  if (call.outputs[0].data != p.data) {
-    std::memcpy(call.outputs[0].data, p.data, static_cast<size_t>(elements(p)) * sizeof(float));
+  const int64_t axis = part.axis;
+  copy_unless_same(p, call.outputs[0]);
+  for (int i = 1; part.start >= 0 && i < call.output_count; ++i) {
+    copy_unless_same(call.inputs[i + 1], call.outputs[i]);
   }
   if (call.input_count == operands) {
-    parallel(call, elements(p), kElementGrain,
+    parallel(call, elements(call.inputs[1]), kElementGrain,
              [&](int64_t begin, int64_t end, int) { update(begin, begin, end - begin); });
     return PK_OK;
   }
@@ -57,11 +76,12 @@ bool accepts_sgd(const Call& call) { return float_operands(call, 2); }
 Status run_sgd(const Call& call) {
   Attributes attributes(call);
   const vf decay = splat(attributes.real());
-  const int64_t axis = attributes.integer();
+  const Part part = updated_part(call, 0);
+  const int64_t before = elements_before(call, part);
   const vf rate = splat(-*call.inputs[2].as<float>());
   const float* g = call.inputs[1].as<float>();
-  float* p = call.outputs[0].as<float>();
-  return for_runs(call, 3, axis, [=](int64_t to, int64_t from, int64_t n) {
+  float* p = call.outputs[0].as<float>() + before;
+  return for_runs(call, 3, part, [=](int64_t to, int64_t from, int64_t n) {
     for_vectors(0, n, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
       const vf old = load_n(p + to + i, valid);
       const vf gradient = fma(decay, old, load_n(g + from + i, valid));
@@ -78,14 +98,15 @@ Status run_momentum(const Call& call) {
   attributes.real();
   const bool nesterov = attributes.boolean();
   const vf decay = splat(attributes.real());
-  const int64_t axis = attributes.integer();
+  const Part part = updated_part(call, 1);
+  const int64_t before = elements_before(call, part);
   const bool first = *call.inputs[4].as<int64_t>() <= 1;
   const vf rate = splat(-*call.inputs[3].as<float>());
   const float* g = call.inputs[1].as<float>();
-  const float* m = call.inputs[2].as<float>();
-  float* p = call.outputs[0].as<float>();
-  float* new_m = call.outputs[1].as<float>();
-  return for_runs(call, 5, axis, [=](int64_t to, int64_t from, int64_t n) {
+  const float* m = call.inputs[2].as<float>() + before;
+  float* p = call.outputs[0].as<float>() + before;
+  float* new_m = call.outputs[1].as<float>() + before;
+  return for_runs(call, 5, part, [=](int64_t to, int64_t from, int64_t n) {
     for_vectors(0, n, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
       const vf old = load_n(p + to + i, valid);
       const vf gradient = fma(decay, old, load_n(g + from + i, valid));
@@ -102,7 +123,8 @@ Status run_adam(const Call& call) {
   const double beta1 = call.floats[0], beta2 = call.floats[1], decay = call.floats[3];
   Attributes attributes(call);
   const bool decoupled = attributes.boolean();
-  const int64_t axis = attributes.integer();
+  const Part part = updated_part(call, 1);
+  const int64_t before = elements_before(call, part);
   const double rate = *call.inputs[4].as<float>();
   const double step = static_cast<double>(*call.inputs[5].as<int64_t>());
   const auto vector = [](double x) { return splat(static_cast<float>(x)); };
@@ -114,12 +136,12 @@ Status run_adam(const Call& call) {
   const vf correction = vector(::sqrt(1.0 - ::pow(beta2, step)));
   const vf epsilon = vector(call.floats[2]);
   const float* g = call.inputs[1].as<float>();
-  const float* m = call.inputs[2].as<float>();
-  const float* v = call.inputs[3].as<float>();
-  float* p = call.outputs[0].as<float>();
-  float* new_m = call.outputs[1].as<float>();
-  float* new_v = call.outputs[2].as<float>();
-  return for_runs(call, 6, axis, [=](int64_t to, int64_t from, int64_t n) {
+  const float* m = call.inputs[2].as<float>() + before;
+  const float* v = call.inputs[3].as<float>() + before;
+  float* p = call.outputs[0].as<float>() + before;
+  float* new_m = call.outputs[1].as<float>() + before;
+  float* new_v = call.outputs[2].as<float>() + before;
+  return for_runs(call, 6, part, [=](int64_t to, int64_t from, int64_t n) {
     for_vectors(0, n, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
       const vf old = load_n(p + to + i, valid) * shrink;
       const vf gradient = fma(l2, old, load_n(g + from + i, valid));
@@ -138,17 +160,18 @@ Status run_adam(const Call& call) {
 bool accepts_lion(const Call& call) { return float_operands(call, 3); }
 Status run_lion(const Call& call) {
   const double beta1 = call.floats[0], beta2 = call.floats[1], decay = call.floats[2];
-  const int64_t axis = Attributes(call).integer();
+  const Part part = updated_part(call, 0);
+  const int64_t before = elements_before(call, part);
   const float lr = *call.inputs[3].as<float>();
   const auto vector = [](double x) { return splat(static_cast<float>(x)); };
   const vf rate = splat(lr), shrink = vector(1.0 - static_cast<double>(lr) * decay);
   const vf keep1 = vector(beta1), take1 = vector(1.0 - beta1);
   const vf keep2 = vector(beta2), take2 = vector(1.0 - beta2);
   const float* g = call.inputs[1].as<float>();
-  const float* m = call.inputs[2].as<float>();
-  float* p = call.outputs[0].as<float>();
-  float* new_m = call.outputs[1].as<float>();
-  return for_runs(call, 4, axis, [=](int64_t to, int64_t from, int64_t n) {
+  const float* m = call.inputs[2].as<float>() + before;
+  float* p = call.outputs[0].as<float>() + before;
+  float* new_m = call.outputs[1].as<float>() + before;
+  return for_runs(call, 4, part, [=](int64_t to, int64_t from, int64_t n) {
     for_vectors(0, n, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
       const vf gradient = load_n(g + from + i, valid);
       const vf slot = load_n(m + from + i, valid);

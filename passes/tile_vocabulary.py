@@ -1,0 +1,325 @@
+"""Cross entropy over tiles of the vocabulary: neither the logits nor their gradient ever exist as a whole.
+
+With a vocabulary of 32000 and 512 tokens the logits are 66 MB, as much as the gradient of the weight that makes them,
+and both are alive together: the peak of a language model's training step. Here the logits of some words are computed,
+what the loss needs of them is noted per token, and they are gone. The backward pass computes them once more, tile by
+tile, and where nothing else is added to the gradient of the weight, updates those rows of it at once. That is four
+products of that size instead of three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from pockc.ir import Builder, Graph, Node, Value
+from pockc.passes import memory, reorder
+from pockc.passes.cost import seconds
+from pockc.passes.rewrite import live_nodes
+from pockc.recipe import Recipe
+
+TILE_BYTES = 2 << 20  # of a tile's logits, and of its rows of the weight
+TILE_MULTIPLE = 16  # rows of the weight, so that they begin at multiples of 64 bytes whatever its width
+MOST_TILES = 64  # more calls would take too long to plan
+
+# Operands, without indices, of the optimizer ops that can update a range of rows: those with a slot of one byte per
+# element cannot, because a block of codes may span rows.
+_OPERANDS = {"sgd": 3, "momentum": 5, "adam": 6, "lion": 4}
+
+
+def run(graph: Graph, recipe: Recipe) -> Graph:
+    """Run ``matmul -> cross_entropy``, what counts correct predictions, and the gradients, over tiles of the classes.
+
+    That is done where it lowers the graph's peak by a larger share than it raises the estimated time.
+
+    Pre:  biases are fused, gradients and optimizer attached; nothing but losses reads the logits.
+    Post: the same function to rounding. Where it was applied, no value has all logits or their gradient; a weight whose
+          gradient went straight to its optimizer op is updated by a chain of such ops with a ``start``.
+    """
+    for head in _heads(graph):
+        width = _tile_width(head)
+        if width >= head.classes:
+            continue
+        candidate = tiled(graph, head, width)
+        if _worthwhile(graph, candidate, recipe):
+            graph = candidate
+    return graph
+
+
+@dataclass(slots=True)
+class Head:
+    """The nodes around the logits of one loss."""
+
+    product: Node  # [..., D] x [V, D] -> [..., V]
+    loss: Node
+    gradient: Node | None = None  # of the logits
+    count: Node | None = None
+    weight_gradient: Node | None = None
+    input_gradient: Node | None = None
+    bias_gradient: Node | None = None
+    update: Node | None = None  # the optimizer op, where it may run tile by tile
+    views: list[Node] = field(default_factory=list)  # reshapes of logits and of their gradient
+
+    @property
+    def classes(self) -> int:
+        """The size of the vocabulary."""
+        return self.product.inputs[1].type.shape[0]
+
+    @property
+    def tokens(self) -> int:
+        """The rows of the logits."""
+        return self.loss.inputs[1].type.elements
+
+    def nodes(self) -> Iterator[Node]:
+        """All that tiles replace."""
+        optional = (self.gradient, self.count, self.weight_gradient, self.input_gradient, self.bias_gradient)
+        yield from (self.product, self.loss, *self.views)
+        yield from (node for node in (*optional, self.update) if node is not None)
+
+
+def _heads(graph: Graph) -> Iterator[Head]:
+    producers, readers, results = graph.producers(), graph.consumers(), set(graph.results())
+    for node in graph.nodes:
+        if node.op != "cross_entropy":
+            continue
+        product = producers.get(node.inputs[0])
+        while product is not None and product.op == "reshape":
+            product = producers.get(product.inputs[0])
+        if product is None or not _is_linear(product):
+            continue
+        head = Head(product, node)
+        if _take_losses(head, readers, results) and _take_gradients(head, readers, results):
+            head.update = _immediate_update(head, graph, readers)
+            yield head
+
+
+def _is_linear(node: Node) -> bool:
+    if node.op != "matmul" or node.attrs["activation"] != "none" or node.attrs["transpose_a"]:
+        return False
+    return bool(node.attrs["transpose_b"]) and len(node.inputs[1].type.shape) == 2
+
+
+Readers = dict[Value, list[Node]]
+
+
+def _readers_behind_views(value: Value, readers: Readers, results: set[Value], views: list[Node]) -> list[Node] | None:
+    """What reads a value directly or reshaped, reshapes left to ``views``; None where it is a result."""
+    if value in results:
+        return None
+    found = []
+    for reader in readers.get(value, ()):
+        if reader.op != "reshape":
+            found.append(reader)
+            continue
+        views.append(reader)
+        behind = _readers_behind_views(reader.outputs[0], readers, results, views)
+        if behind is None:
+            return None
+        found += behind
+    return found
+
+
+def _take_losses(head: Head, readers: Readers, results: set[Value]) -> bool:
+    """Note what reads the logits; False where that is anything but one loss, its gradient and a count."""
+    for reader in _readers_behind_views(head.product.outputs[0], readers, results, head.views) or [head.product]:
+        if reader is head.loss:
+            continue
+        if reader.op == "cross_entropy_grad" and head.gradient is None and _is_of(reader, head.loss):
+            head.gradient = reader
+        elif reader.op == "count_correct" and head.count is None and reader.inputs[1] is head.loss.inputs[1]:
+            head.count = reader
+        else:
+            return False
+    return True
+
+
+def _is_of(gradient: Node, loss: Node) -> bool:
+    return gradient.inputs[1:] == loss.inputs and gradient.attrs == loss.attrs
+
+
+def _take_gradients(head: Head, readers: Readers, results: set[Value]) -> bool:
+    """Note what reads the gradient of the logits; False where that is more than the gradients of a linear layer."""
+    if head.gradient is None:
+        return True
+    behind = _readers_behind_views(head.gradient.outputs[0], readers, results, head.views)
+    if behind is None:
+        return False
+    for reader in behind:
+        role = _role(head, reader)
+        if role is None or getattr(head, role) is not None:
+            return False
+        setattr(head, role, reader)
+    return True
+
+
+def _role(head: Head, reader: Node) -> str | None:
+    """Which gradient of the layer a reader of the logits' gradient computes."""
+    if reader.op == "reduce_sum":
+        return "bias_gradient" if reader.outputs[0].type.shape == (head.classes,) else None
+    if reader.op != "matmul" or len(reader.inputs) != 2 or reader.attrs["transpose_b"]:
+        return None
+    if reader.attrs["transpose_a"]:
+        flat = reader.inputs[0].type.shape == (head.tokens, head.classes)
+        return "weight_gradient" if flat and len(reader.inputs[1].type.shape) == 2 else None
+    return "input_gradient" if reader.inputs[1] is head.product.inputs[1] else None
+
+
+def _immediate_update(head: Head, graph: Graph, readers: Readers) -> Node | None:
+    """The optimizer op that alone reads the gradient of the weight, and updates all of the weight."""
+    if head.weight_gradient is None:
+        return None
+    gradient, weight = head.weight_gradient.outputs[0], head.product.inputs[1]
+    nodes = readers.get(gradient, [])
+    if len(nodes) != 1 or gradient in graph.results():
+        return None
+    (node,) = nodes
+    if node.inputs[:2] != (weight, gradient) or len(node.inputs) != _OPERANDS.get(node.op):
+        return None
+    states = _updated_states(node)
+    if any(graph.updates.get(state) is not new for state, new in zip(states, node.outputs, strict=True)):
+        return None
+    alone = all(readers[slot] == [node] for slot in states[1:])
+    own = {head.product, head.input_gradient, node}
+    return node if alone and own.issuperset(readers[weight]) else None
+
+
+def _updated_states(node: Node) -> tuple[Value, ...]:
+    """The operands of an optimizer op that its outputs are the new values of."""
+    return (node.inputs[0], *node.inputs[2 : 1 + len(node.outputs)])
+
+
+def _tile_width(head: Head) -> int:
+    """Classes of a tile, from shapes alone."""
+    longest = max(head.tokens, head.product.inputs[1].type.shape[1])
+    width = max(TILE_BYTES // (4 * longest), -(-head.classes // MOST_TILES))
+    return max(1, -(-width // TILE_MULTIPLE)) * TILE_MULTIPLE
+
+
+def _worthwhile(graph: Graph, candidate: Graph, recipe: Recipe) -> bool:
+    slower = max(0.0, sum(map(seconds, candidate.nodes)) / sum(map(seconds, graph.nodes)) - 1)
+    after = max(memory.live_peak(reorder.run(candidate, recipe), recipe.workspace), recipe.sufficient)
+    if 1 - after / reorder.least_peak(graph, recipe) > slower:
+        return True
+    before = memory.live_peak(reorder.run(graph, recipe), recipe.workspace)  # a search that takes its time
+    return 1 - after / before > slower
+
+
+def tiled(graph: Graph, head: Head, width: int) -> Graph:
+    """The graph with the nodes of a head made anew for each ``width`` classes."""
+    replaced = set(head.nodes())
+    behind = {output for node in replaced for output in node.outputs}
+    later: list[Node] = []
+    builder = Builder(replace(graph, nodes=()))
+    for node in graph.nodes:
+        if node in replaced:
+            continue
+        if behind.isdisjoint(node.inputs):
+            builder.nodes.append(node)
+        else:
+            behind.update(node.outputs)
+            later.append(node)
+    new = _Tiles(builder, head, width).run()
+    builder.nodes += [replace(node, inputs=tuple(new.get(v, v) for v in node.inputs)) for node in later]
+    outputs = {name: new.get(value, value) for name, value in graph.outputs.items()}
+    updates = {state: new.get(value, value) for state, value in graph.updates.items()}
+    builder.nodes = live_nodes(builder.nodes, {*outputs.values(), *updates.values()})
+    return builder.build(outputs, updates)
+
+
+class _Tiles:
+    """Emits both passes over the tiles."""
+
+    def __init__(self, builder: Builder, head: Head, width: int) -> None:
+        self.builder, self.head = builder, head
+        self.tiles = [(start, min(start + width, head.classes)) for start in range(0, head.classes, width)]
+        given, self.weight, *self.bias = head.product.inputs
+        builder.origin = head.product.origin
+        self.rows = builder("reshape", given, shape=(head.tokens, given.type.shape[-1]), hint="rows")
+        labels = head.loss.inputs[1]
+        self.labels = builder("reshape", labels, shape=(head.tokens,), hint="labels")
+        self.loss_attrs = {name: value for name, value in head.loss.attrs.items() if name != "first_row"}
+        self.whole: dict[Node, Value] = {}  # gradients of which each tile has a part
+
+    def run(self) -> dict[Value, Value]:
+        """What replaces each output of the head's nodes that others read."""
+        head, builder = self.head, self.builder
+        running = self._statistics()
+        builder.origin = head.loss.origin
+        attrs = {**self.loss_attrs, "classes": head.classes}
+        new = {head.loss.outputs[0]: builder("cross_entropy_of_tiles", running, self.labels, hint="loss", **attrs)}
+        if head.count is not None:
+            counts = builder.multi("count_correct_of_tiles", running, self.labels, **head.count.attrs)
+            new.update(zip(head.count.outputs, counts, strict=True))
+        if head.gradient is not None:
+            new.update(self._backward(head.gradient, running))
+        return new
+
+    def _logits(self, weight: Value, start: int, stop: int) -> tuple[Value, Value]:
+        """The rows of the weight, and the logits, of a tile."""
+        part = self.builder("slice", weight, axis=0, start=start, stop=stop, hint="tile_weight")
+        bias = [self.builder("slice", value, axis=0, start=start, stop=stop, hint="tile_bias") for value in self.bias]
+        return part, self.builder("matmul", self.rows, part, *bias, transpose_b=True, hint="tile_logits")
+
+    def _statistics(self) -> Value:
+        running: tuple[Value, ...] = ()
+        for start, stop in self.tiles:
+            self.builder.origin = self.head.product.origin
+            _, logits = self._logits(self.weight, start, stop)
+            self.builder.origin = self.head.loss.origin
+            ignored = self.loss_attrs["ignore_index"]
+            attrs = {"start": start, "ignore_index": ignored}
+            running = (self.builder("cross_entropy_tile", logits, self.labels, *running, hint="running", **attrs),)
+        return running[0]
+
+    def _backward(self, gradient: Node, running: Value) -> dict[Value, Value]:
+        head, builder = self.head, self.builder
+        states = _updated_states(head.update) if head.update is not None else (self.weight,)
+        for start, stop in self.tiles:
+            builder.origin = replace(head.product.origin, phase="backward")
+            weight, logits = self._logits(states[0], start, stop)
+            builder.origin = gradient.origin
+            attrs = {**self.loss_attrs, "start": start, "classes": head.classes}
+            operands = (gradient.inputs[0], logits, self.labels, running)
+            ct = builder("cross_entropy_grad_tile", *operands, hint="tile_gradient", **attrs)
+            if head.input_gradient is not None:
+                self._add(head.input_gradient, ct, weight)
+            if head.bias_gradient is not None:
+                builder.origin = head.bias_gradient.origin
+                self._insert(head.bias_gradient, builder("reduce_sum", ct, axes=(0,)), start)
+            if head.weight_gradient is not None:
+                states = self._weight_part(head.weight_gradient, ct, states, start)
+        new = {node.outputs[0]: self._like(node, value) for node, value in self.whole.items()}
+        if head.update is not None:
+            new.update(zip(head.update.outputs, states, strict=True))
+        return new
+
+    def _weight_part(self, node: Node, ct: Value, states: tuple[Value, ...], start: int) -> tuple[Value, ...]:
+        """Some rows of the weight's gradient: used for the update at once, or put in their place in the whole."""
+        self.builder.origin = node.origin
+        part = self.builder("matmul", ct, node.inputs[1], transpose_a=True, hint="tile_weight_gradient")
+        update = self.head.update
+        if update is None:
+            self._insert(node, part, start)
+            return states
+        self.builder.origin = update.origin
+        scalars = update.inputs[1 + len(states) :]
+        attrs = {**update.attrs, "start": start}
+        return self.builder.multi(update.op, states[0], part, *states[1:], *scalars, hint=update.op, **attrs)
+
+    def _add(self, node: Node, ct: Value, weight: Value) -> None:
+        self.builder.origin = node.origin
+        part = self.builder("matmul", ct, weight, hint="gradient")
+        known = self.whole.get(node)
+        self.whole[node] = part if known is None else self.builder("add", known, part, hint="gradient")
+
+    def _insert(self, node: Node, part: Value, start: int) -> None:
+        shape = node.outputs[0].type.shape
+        if node not in self.whole:
+            self.whole[node] = self.builder("expand", self.builder.constant(0.0), shape=shape, hint="gradient")
+        self.whole[node] = self.builder("insert", self.whole[node], part, axis=0, start=start, hint="gradient")
+
+    def _like(self, node: Node, value: Value) -> Value:
+        """The value in the shape of the node's output."""
+        self.builder.origin = node.origin
+        shape = node.outputs[0].type.shape
+        return value if value.type.shape == shape else self.builder("reshape", value, shape=shape, hint="gradient")

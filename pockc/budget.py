@@ -1,0 +1,110 @@
+"""Builds under a memory budget: the fastest program whose planned peak is within it, or an error that says what fits.
+
+The budget is for everything that a program occupies: the arena and the frozen weights that are mapped from the file. A
+pass chooses by estimates (:mod:`pockc.passes.fit_memory`); here its target is corrected until the finished plan fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+from pockc.errors import BudgetError, UserError
+from pockc.program import Program
+from pockc.recipe import Recipe
+
+ATTEMPTS = 4  # targets that are tried before the smallest program
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+Plan = Callable[[Recipe], Program]
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as ``32MiB``, ``1.5GB`` or ``65536``.
+
+    Raises:
+        UserError: it is none.
+    """
+    number = text.strip().rstrip("BKMGIbkmgi ")
+    unit = text.strip()[len(number) :].strip().upper()
+    try:
+        found = int(float(number) * UNITS[unit])
+    except (ValueError, KeyError):
+        found = 0
+    if found <= 0:
+        raise UserError(
+            f"{text!r} is not a size of memory", supported="a number with KB, MB, GB, KiB, MiB, GiB, or of bytes"
+        )
+    return found
+
+
+def within(budget: int, recipe: Recipe, plan: Plan) -> Program:
+    """The program that ``plan`` makes of the recipe with the loosest target that keeps the budget.
+
+    ``metadata["budget"]`` of the result says what was chosen and what it costs.
+
+    Args:
+        budget: bytes that arena and mapped weights may occupy together.
+        recipe: everything else.
+        plan: makes a program; notes its choice in the recipe's ``decisions``.
+
+    Raises:
+        BudgetError: even the smallest program is larger.
+    """
+    unconstrained = plan(recipe)
+    peak = unconstrained.memory.peak_bytes
+    if peak <= budget:
+        return _noted(unconstrained, recipe, budget, peak)
+    fixed = peak - _train_bytes(unconstrained)
+    target = budget - fixed
+    for _ in range(ATTEMPTS):
+        if target <= 0:
+            break
+        trial = replace(recipe, transient_target=target, decisions={})
+        program = plan(trial)
+        excess = program.memory.peak_bytes - budget
+        if excess <= 0:
+            return _noted(program, trial, budget, peak)
+        target -= excess
+    trial = replace(recipe, transient_target=0, decisions={})
+    program = plan(trial)
+    smallest = program.memory.peak_bytes
+    if smallest > budget:
+        raise BudgetError(
+            f"no program fits into {budget:,} bytes: the smallest for this model, scheme and batch size takes "
+            f"{smallest:,}, of which {fixed:,} are parameters, optimizer state and weights",
+            smallest=smallest,
+        )
+    return _noted(program, trial, budget, peak)
+
+
+def _train_bytes(program: Program) -> int:
+    return program.placements["train_step"].nbytes
+
+
+def _noted(program: Program, recipe: Recipe, budget: int, unconstrained: int) -> Program:
+    note = {"bytes": budget, "unconstrained_bytes": unconstrained, "saved_bits": 32, **recipe.decisions}
+    return replace(program, metadata={**program.metadata, "budget": note})
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """Something that the user could change, and the build of it under the same budget."""
+
+    text: str
+    build: Callable[[], Program]
+
+
+def advised(error: BudgetError, alternatives: Iterable[Alternative]) -> BudgetError:
+    """The error with what would fit: every alternative is built to see."""
+    fitting = []
+    for alternative in alternatives:
+        try:
+            program = alternative.build()
+        except UserError:
+            continue  # it does not fit either, or the model does not take it
+        fitting.append(f"{alternative.text} ({program.memory.peak_bytes:,} bytes)")
+    found = (
+        f"What would fit: {'; '.join(fitting)}." if fitting else "No preset scheme and no smaller batch fits either."
+    )
+    return BudgetError(error.found, smallest=error.smallest, instead=f"Allow {error.smallest:,} bytes. {found}")

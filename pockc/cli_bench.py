@@ -1,0 +1,80 @@
+"""What `pockc bench` does with a program, or with a model that it builds first."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.text import Text
+
+from pockc import bench
+from pockc.ablation import ablate as run_ablation
+from pockc.artifact import read
+from pockc.build import build
+from pockc.cli_options import Choices, recorded
+from pockc.errors import UserError
+from pockc.inspect import print_ablation, print_measurement
+from pockc.targets.devices import DEFAULT
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What is to be timed: a program, if ``program`` is set, else a model with options."""
+
+    program: Path | None
+    choices: Choices
+    device: str
+
+    @property
+    def name(self) -> str:
+        """As the user gave it."""
+        return self.choices.model
+
+    def arguments(self) -> dict[str, Any]:
+        """Those of `pockc.build`, which of a program are in its metadata. Raises UserError."""
+        if self.program is None:
+            return {**self.choices.arguments(), "device": self.device}
+        metadata = read(self.program).metadata
+        choices, scheme = recorded(metadata, self.program)
+        return {**choices.arguments(scheme), "device": metadata["device"]}
+
+
+def source_of(choices: Choices, device: str) -> Source:
+    """The source that the command line names. Raises UserError where a program is given options of a build."""
+    if ":" in choices.model:
+        return Source(None, choices, device)
+    if unused := [*choices.changed(), *(["--device"] if device != DEFAULT else [])]:
+        raise UserError(
+            f"{choices.model} is built already, so {unused[0]} has no effect",
+            instead="Drop the option, or name the model as file.py:function.",
+        )
+    return Source(Path(choices.model), choices, device)
+
+
+def measure(source: Source, console: Console, entry: str, steps: int, threads: int) -> Mapping[str, Any]:
+    """Time a program, built first where a model is named; print the figures and return them."""
+    with tempfile.TemporaryDirectory(prefix="pockc-bench-") as folder:
+        file = source.program
+        if file is None:
+            file = Path(folder, "model.pock")
+            build(**source.arguments()).save(file)
+        measurement = bench.measure(file, entry, steps, threads)
+    print_measurement(console, source.name, measurement)
+    return {"program": source.name, **measurement.as_json()}
+
+
+def ablate(source: Source, console: Console, entry: str, steps: int, threads: int) -> Mapping[str, Any]:
+    """Build the program without each pass in turn; print what each buys and return the figures."""
+    errors = Console(stderr=True)
+    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
+        ablation = run_ablation(source.arguments(), entry, steps, threads, progress)
+    print_ablation(console, source.name, ablation)
+    if source.program and read(source.program).metadata["text"][entry] != ablation.text:
+        what = f"built again, {source.program} is another program (pockc changed, or modules that its model imports)"
+        console.print(Text(f"Note: {what}: the table is about the new one.", style="yellow"), soft_wrap=True)
+    return {"program": source.name, **ablation.as_json()}
