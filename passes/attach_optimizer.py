@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from pockc.ir import Array, Builder, Graph, Origin, StateKind, Value
+from pockc.ops.optimizer8 import blocks
 from pockc.optim import SGD, Adam, AdamW, Lion
 from pockc.passes.differentiate import PREFIX
 from pockc.recipe import Recipe
@@ -147,18 +148,24 @@ class _Stage:
         if group.learning_rate_factor != 1.0:
             rate = self.builder("mul", rate, self.builder.constant(group.learning_rate_factor))
         permutation = self.graph.states[parameter].permutation
-        slots = [
-            self._slot(f"{parameter.name}.{slot}", gradient.type.shape, permutation)
-            for slot in self.recipe.optimizer.slots
-        ]
+        names = [f"{parameter.name}.{slot}" for slot in self.recipe.optimizer.slots]
+        slots = [slot for name in names for slot in self._slots(name, gradient.type.shape, permutation)]
         indices, axis = self.indices.get(parameter, (None, 0))
         tail = () if indices is None else (indices,)
         op, clocks, attrs = self._operation(rate, step)
+        op = f"{op}8" if slots and self.recipe.state_dtype == "int8" else op
         self.builder.origin = Origin(module=parameter.name.rpartition(".")[0], phase="update")
         outputs = self.builder.multi(
             op, parameter, gradient, *slots, *clocks, *tail, weight_decay=group.weight_decay, axis=axis, **attrs
         )
         self.updates.update(zip([parameter, *slots], outputs, strict=True))
+
+    def _slots(self, name: str, shape: tuple[int, ...], permutation: tuple[int, ...]) -> tuple[Value, ...]:
+        """The states of one slot, zero at first: one of f32, or codes of one byte and the scales of their blocks."""
+        if self.recipe.state_dtype == "f32":
+            return (self._slot(name, shape, permutation),)
+        codes = self.builder.state(name, "slot", np.zeros(shape, np.uint8), permutation)
+        return codes, self._slot(f"{name}.scale", (blocks(shape),), ())
 
     def _slot(self, name: str, shape: tuple[int, ...], permutation: tuple[int, ...]) -> Value:
         return self.builder.state(name, "slot", np.zeros(shape, np.float32), permutation)

@@ -16,7 +16,7 @@ OPERATIONS_PER_SECOND = 20e9  # of products: a multiply-add is two
 BYTES_PER_SECOND = 5e9  # of tensors that do not fit into a cache
 CALL_SECONDS = 2e-6  # to start a kernel
 
-OPTIMIZERS = frozenset({"sgd", "momentum", "adam", "lion"})
+OPTIMIZERS = frozenset({"sgd", "momentum", "adam", "lion", "momentum8", "adam8", "lion8"})
 
 
 def seconds(node: Node) -> float:

@@ -34,7 +34,7 @@ class Buffer:
 
 def optimizer_homes(node: Node) -> dict[int, int]:
     """Output index -> input index that it may overwrite, for the ops that update states."""
-    slots = {"sgd": 0, "momentum": 1, "lion": 1, "adam": 2}
+    slots = {"sgd": 0, "momentum": 1, "lion": 1, "adam": 2, "momentum8": 2, "lion8": 2, "adam8": 4}
     if node.op not in slots:
         return {}
     return {0: 0, **{i + 1: i + 2 for i in range(slots[node.op])}}
@@ -152,7 +152,7 @@ def update_chains(graph: Graph) -> dict[Value, tuple[Value, ...]]:
 
 def _updates_part(node: Node) -> bool:
     """Whether an optimizer node changes some rows alone, a range of them or those at indices."""
-    return node.attrs["start"] >= 0 or node.inputs[-1].type.dtype == "i32"
+    return node.attrs.get("start", -1) >= 0 or node.inputs[-1].type.dtype == "i32"
 
 
 def overwritten(graph: Graph) -> dict[Value, tuple[Value, Value]]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from pockc.ir import Builder, Graph, Node, Value
 from pockc.passes import memory, reorder
-from pockc.passes.cost import OPTIMIZERS, seconds
+from pockc.passes.cost import seconds
 from pockc.passes.rewrite import live_nodes
 from pockc.recipe import Recipe
 
@@ -22,7 +22,9 @@ TILE_BYTES = 2 << 20  # of a tile's logits, and of its rows of the weight
 TILE_MULTIPLE = 16  # rows of the weight, so that they begin at multiples of 64 bytes whatever its width
 MOST_TILES = 64  # more calls would take too long to plan
 
-_OPERANDS = {"sgd": 3, "momentum": 5, "adam": 6, "lion": 4}  # of an optimizer op without indices
+# Operands, without indices, of the optimizer ops that can update a range of rows: those with a slot of one byte per
+# element cannot, because a block of codes may span rows.
+_OPERANDS = {"sgd": 3, "momentum": 5, "adam": 6, "lion": 4}
 
 
 def run(graph: Graph, recipe: Recipe) -> Graph:
@@ -171,7 +173,7 @@ def _immediate_update(head: Head, graph: Graph, readers: Readers) -> Node | None
     if len(nodes) != 1 or gradient in graph.results():
         return None
     (node,) = nodes
-    if node.op not in OPTIMIZERS or node.inputs[:2] != (weight, gradient) or len(node.inputs) != _OPERANDS[node.op]:
+    if node.inputs[:2] != (weight, gradient) or len(node.inputs) != _OPERANDS.get(node.op):
         return None
     states = _updated_states(node)
     if any(graph.updates.get(state) is not new for state, new in zip(states, node.outputs, strict=True)):

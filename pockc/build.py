@@ -21,7 +21,7 @@ from pockc.passes.channel_chains import tiles_of
 from pockc.passes.lifetimes import update_chains
 from pockc.pipeline import ACCUMULATE, COMMON, EVAL, INFER, LOWER, TOGETHER, TRAIN, Manager, Pass
 from pockc.program import Program, place_states
-from pockc.recipe import BatchNorm, FrozenDtype, Recipe
+from pockc.recipe import BatchNorm, FrozenDtype, Recipe, StateDtype
 from pockc.scheme import Channels, Scheme, detect_family, resolve
 from pockc.targets import devices
 from pockc.targets.native import NATIVE, workspace_of
@@ -40,6 +40,7 @@ def build(
     device: str = "x86-64",
     *,
     accumulation: int = 1,
+    state_dtype: StateDtype = "f32",
     loss_options: Mapping[str, float] | None = None,
     seed: int = 0,
     memory_budget: int | None = None,
@@ -61,6 +62,7 @@ def build(
         batchnorm: ``fold`` and ``freeze`` keep the statistics, ``fold`` also gamma; ``train`` updates them.
         device: a name of `pockc devices`.
         accumulation: micro-steps whose mean gradient makes one optimizer step.
+        state_dtype: how optimizer slots are stored: ``f32``, or ``int8``, a byte each and a scale for every 256.
         loss_options: ``label_smoothing``, ``ignore_index`` (cross entropy), ``delta`` (huber).
         seed: of dropout and of random channel selections in presets.
         memory_budget: bytes that arena and mapped weights may occupy together. The fastest program within it is built,
@@ -83,6 +85,7 @@ def build(
     """
     optimizer = optimizer or AdamW()
     _check_options(loss, batchnorm, accumulation, frozen_dtype)
+    _check_state_dtype(state_dtype, optimizer)
     _check_entries(entries)
     if memory_budget is not None and memory_budget <= 0:
         raise UserError(f"the memory budget is {memory_budget} bytes; it must be above 0")
@@ -93,6 +96,7 @@ def build(
         batchnorm=batchnorm,
         device=device,
         accumulation=accumulation,
+        state_dtype=state_dtype,
         loss_options=dict(loss_options or {}),
         seed=seed,
         memory_budget=memory_budget,
@@ -118,6 +122,7 @@ class Options:
     batchnorm: BatchNorm
     device: str
     accumulation: int
+    state_dtype: StateDtype
     loss_options: Mapping[str, float]
     seed: int
     memory_budget: int | None
@@ -159,6 +164,7 @@ def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
         loss_options=options.loss_options,
         batchnorm=batchnorm,
         accumulation=options.accumulation,
+        state_dtype=options.state_dtype,
         frozen_dtype=options.frozen_dtype,
         threads=target.threads,
         workspace=workspace_of(target.threads),
@@ -180,6 +186,7 @@ def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
         "loss": loss if isinstance(loss, str) else ("callable" if loss else "model"),
         "classifies": isinstance(loss, str) and LOSSES[loss].classifies,
         "optimizer": _describe(options.optimizer),
+        "state_dtype": options.state_dtype,
         "batchnorm": batchnorm,
         "frozen_dtype": options.frozen_dtype,
         "device": target.name,
@@ -259,6 +266,18 @@ def _check_options(loss: object, batchnorm: str, accumulation: int, frozen_dtype
         raise UserError(f"accumulation is {accumulation}; it counts micro-steps and is at least 1")
     if not (loss is None or isinstance(loss, str) or callable(loss)):
         raise UserError(f"loss is {loss!r}", supported="a name, a callable loss(output, labels), or None")
+
+
+def _check_state_dtype(state_dtype: str, optimizer: Optimizer) -> None:
+    if state_dtype not in get_args(StateDtype):
+        raise UserError(f"state_dtype is {state_dtype!r}", supported=", ".join(get_args(StateDtype)))
+    if state_dtype == "int8" and not optimizer.slots:
+        name = type(optimizer).__name__
+        raise UserError(
+            f"state_dtype is 'int8', but {name} without momentum keeps no state",
+            supported="SGD with momentum, Adam, AdamW, Lion",
+            instead="Leave state_dtype out.",
+        )
 
 
 def _check_entries(entries: Collection[str]) -> None:

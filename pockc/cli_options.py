@@ -43,6 +43,9 @@ class Choices:
     ] = 1
     weight_decay: Annotated[float | None, typer.Option(help="Default: the optimizer's.")] = None
     momentum: Annotated[float | None, typer.Option(help="Of sgd.")] = None
+    state_dtype: Annotated[
+        str, typer.Option(help="f32, or int8: a byte per element of momenta and second moments.")
+    ] = "f32"
     schedule: Annotated[str, typer.Option(help="constant, linear, cosine or step.")] = "constant"
     warmup: Annotated[int, typer.Option(min=0, help="Steps over which the learning rate grows to its base.")] = 0
     total_steps: Annotated[int, typer.Option(min=0, help="Optimizer steps until linear and cosine schedules end.")] = 0
@@ -93,6 +96,7 @@ class Choices:
             "loss_options": {"label_smoothing": self.label_smoothing} if self.label_smoothing else {},
             "accumulation": self.accumulate,
             "seed": self.seed,
+            "state_dtype": self.state_dtype,
             "frozen_dtype": self.frozen_dtype,
             "entries": tuple(name.strip() for name in self.entries.split(",")),
             "memory_budget": parse_size(self.memory_budget) if self.memory_budget else None,

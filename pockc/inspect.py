@@ -147,6 +147,8 @@ def _facts(metadata: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     yield "trained tensors", str(len(metadata.get("trained", ())))
     yield "trained parameters", f"{metadata.get('trained_elements', 0):,}"
     yield "optimizer", f"{optimizer.get('name', '')}, learning rate {optimizer.get('lr', '')}"
+    if metadata.get("state_dtype", "f32") != "f32":
+        yield "optimizer state", str(metadata["state_dtype"])
     yield "loss", str(metadata.get("loss", ""))
     yield "batch norm", str(metadata.get("batchnorm", ""))
     if metadata.get("frozen_dtype", "f32") != "f32":

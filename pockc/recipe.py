@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from pockc.optim import Optimizer
     from pockc.scheme import Channels
 
+StateDtype = Literal["f32", "int8"]
 BatchNorm = Literal["fold", "freeze", "train"]
 FrozenDtype = Literal["f32", "bf16", "int8", "int4"]
 
@@ -28,7 +29,7 @@ class Recipe:
     ``loss`` is the name of a built-in loss, or None where the graph already has an output called ``loss``.
     ``accumulation`` is the number of micro-steps per optimizer step; ``threads`` sizes the kernels' workspaces,
     and ``workspace`` is the target's count of their bytes for a node: passes that weigh memory ask it.
-    ``frozen_dtype`` is how frozen weights are stored in the program.
+    ``state_dtype`` is how optimizer slots are stored, ``frozen_dtype`` how frozen weights are.
     ``sufficient`` is what another entry of the program takes of the arena anyway: below it no byte is worth a search.
     ``transient_target`` is what the training step may need beside its states, in bytes: computing activations again is
     then worth any time; without it, next to none. ``micro_batch`` is the number of samples that run through the
@@ -42,6 +43,7 @@ class Recipe:
     loss_options: Mapping[str, float] = field(default_factory=dict)
     batchnorm: BatchNorm = "fold"
     accumulation: int = 1
+    state_dtype: StateDtype = "f32"
     frozen_dtype: FrozenDtype = "f32"
     threads: int = 1
     workspace: Callable[[Node], int] = no_workspace

@@ -17,7 +17,7 @@ from pockc.text import show_node
 
 Level = Literal["imported", "training", "lowered", "planned"]
 
-OPTIMIZER_OPS = frozenset({"sgd", "momentum", "adam", "lion", "learning_rate"})
+OPTIMIZER_OPS = frozenset({"sgd", "momentum", "adam", "lion", "momentum8", "adam8", "lion8", "learning_rate"})
 
 
 def verify(graph: Graph, level: Level, supports: Callable[[Node], bool] | None = None) -> None:

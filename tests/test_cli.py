@@ -79,6 +79,23 @@ def test_options_reach_the_optimizer(shell: Shell) -> None:
     assert "label_smoothing=0.1" in text
 
 
+def test_state_dtype_reaches_the_program(shell: Shell) -> None:
+    code, out, err = shell("build", "model.py:make", "--optimizer", "lion", "--state-dtype", "int8")
+
+    assert (code, err) == (0, "")
+    assert re.search(r"optimizer state\s*│ int8 ", out)
+    with Session(shell.folder / "out" / "model.pock") as session:
+        assert session.metadata["state_dtype"] == "int8"
+        assert session.state("fc.weight.lion_m").dtype == np.uint8
+
+
+def test_verify_compares_state_of_one_byte_with_pytorch(shell: Shell) -> None:
+    """The codes cost more than rounding to float32 does, and the comparison says how much."""
+    code, out, err = shell("verify", "model.py:make", "--state-dtype", "int8", "--steps", "3")
+    assert (code, err) == (1, "")
+    assert "DIFFERS from PyTorch" in out
+
+
 def test_inspect_shows_memory_peak_and_calls(shell: Shell) -> None:
     shell("build", "model.py:make")
     code, out, err = shell("inspect", "out/model.pock")

@@ -406,7 +406,8 @@ def test_every_differentiable_op_has_gradient_checks() -> None:
 
 
 # What torch has no counterpart for, or none that would be another way to compute it.
-WITHOUT_TORCH = {"range_mask", "apply_mask", "dropout_mask", "learning_rate"}
+# The step inside of momentum8, adam8 and lion8 is that of momentum, adam and lion; test_state_dtype has their codes.
+WITHOUT_TORCH = {"range_mask", "apply_mask", "dropout_mask", "learning_rate", "momentum8", "adam8", "lion8"}
 
 
 def test_every_op_is_compared_with_torch() -> None:

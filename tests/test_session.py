@@ -162,7 +162,8 @@ def test_a_batch_made_in_the_sessions_memory_gives_the_same_bits(file: Path, ses
 def test_the_buffer_of_an_input_belongs_to_its_entry(session: Session) -> None:
     place = session.input_buffer("infer", "x")
     assert place.ctypes.data == session.input_buffer("infer", "x").ctypes.data
-    assert (place.shape, place.dtype) == (batch()["x"].shape, np.float32)
+    assert place.shape == batch()["x"].shape
+    assert place.dtype == np.float32
     assert "no entry `dance`" in message(lambda: session.input_buffer("dance", "x"))
     assert "no input `labels`" in message(lambda: session.input_buffer("infer", "labels"))
     labels = session.input_buffer("train_step", "labels")

@@ -63,6 +63,25 @@ def test_ten_steps_over_tiles_agree_with_pytorch(
 
 
 @pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("optimizer", [pockc.SGD(lr=3e-3, momentum=0.9), pockc.AdamW(lr=3e-4), pockc.Lion(lr=1e-4)])
+def test_slots_of_one_byte_train_as_without_tiles(optimizer: pockc.Optimizer, tmp_path: Path) -> None:
+    model, inputs = model_of("llama_tiny")
+    ids = np.random.default_rng(0).integers(0, WORDS, (2, 8))
+    losses = []
+    for name, disabled in (("tiles", frozenset[str]()), ("whole", frozenset({"tile-vocabulary"}))):
+        path = tmp_path / f"{name}.pock"
+        pockc.build(model, inputs, "causal_lm", optimizer, state_dtype="int8", disabled=disabled).save(path)
+        ops = ops_of(path, "train_step")
+        assert ("cross_entropy_tile" in ops) == (name == "tiles")
+        assert {"momentum8", "adam8", "lion8"}.intersection(ops)
+        assert {"sgd", "momentum", "adam", "lion"}.isdisjoint(ops)
+        with pockc.Session(path) as session:
+            losses.append([session.train_step(input_ids=ids, labels=ids) for _ in range(10)])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+    assert losses[0][-1] < losses[0][0]
+
+
+@pytest.mark.usefixtures("tiles")
 def test_tiles_give_the_same_bits_with_any_number_of_threads(tmp_path: Path) -> None:
     path = tmp_path / "model.pock"
     build("llama_tiny").save(path)

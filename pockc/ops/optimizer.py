@@ -20,8 +20,8 @@ from pockc.ops.common import f32, require, require_axis, require_dtype, require_
 STEP = TensorType((), "i64")
 
 
-def _require_update(
-    p: TensorType, slices: Mapping[str, TensorType], indices: TensorType | None, axis: int, start: int
+def require_update(
+    p: TensorType, slices: Mapping[str, TensorType], indices: TensorType | None, axis: int, start: int = -1
 ) -> None:
     """The gradient and the slots match the parameter, or the updated part of it."""
     require_dtype("p", p, "f32")
@@ -92,7 +92,7 @@ def _sgd_rule(
     axis: int = 0,
     start: int = -1,
 ) -> TensorType:
-    _require_update(p, {"g": g}, indices, axis, start)
+    require_update(p, {"g": g}, indices, axis, start)
     require_type("lr", lr, f32())
     return p
 
@@ -206,14 +206,14 @@ def _momentum_rule(
     axis: int = 0,
     start: int = -1,
 ) -> tuple[TensorType, TensorType]:
-    _require_update(p, {"g": g, "m": m}, indices, axis, start)
+    require_update(p, {"g": g, "m": m}, indices, axis, start)
     require_type("lr", lr, f32())
     require_type("step", step, STEP)
     require(not nesterov or (momentum > 0 and dampening == 0), "nesterov needs momentum above 0 and no dampening")
     return p, m
 
 
-def _momentum(
+def momentum_step(
     p: Array,
     g: Array,
     m: Array,
@@ -227,6 +227,7 @@ def _momentum(
     weight_decay: float = 0.0,
     axis: int = 0,
 ) -> tuple[Array, Array]:
+    """The reference of `momentum`."""
     part = _part(p, indices, axis)
     g = g + weight_decay * part
     m = np.asarray(g if step == 1 else momentum * m + (1 - dampening) * g)
@@ -248,7 +249,7 @@ def _torch_momentum(attrs: Mapping[str, Any]) -> Callable[..., Any]:
 define(
     "momentum",
     type_rule=_momentum_rule,
-    reference=_on_rows(_momentum, 1),
+    reference=_on_rows(momentum_step, 1),
     samples=[
         *_samples(1, (RATE, np.int64(1)), _MOMENTUM_ATTRS, _torch_momentum),
         *_samples(1, (RATE, np.int64(3)), _MOMENTUM_ATTRS, _torch_momentum),
@@ -277,14 +278,14 @@ def _adam_rule(
     axis: int = 0,
     start: int = -1,
 ) -> tuple[TensorType, TensorType, TensorType]:
-    _require_update(p, {"g": g, "m": m, "v": v}, indices, axis, start)
+    require_update(p, {"g": g, "m": m, "v": v}, indices, axis, start)
     require_type("lr", lr, f32())
     require_type("step", step, STEP)
     require(0 <= beta1 < 1 and 0 <= beta2 < 1, f"the betas must lie in [0, 1), not {beta1} and {beta2}")
     return p, m, v
 
 
-def _adam(
+def adam_step(
     p: Array,
     g: Array,
     m: Array,
@@ -300,6 +301,7 @@ def _adam(
     decoupled: bool = True,
     axis: int = 0,
 ) -> tuple[Array, Array, Array]:
+    """The reference of `adam`."""
     part = _part(p, indices, axis)
     rate = float(lr)
     if decoupled:
@@ -335,7 +337,7 @@ def _torch_adam(attrs: Mapping[str, Any]) -> Any:
 define(
     "adam",
     type_rule=_adam_rule,
-    reference=_on_rows(_adam, 2),
+    reference=_on_rows(adam_step, 2),
     samples=[
         *_samples(2, (RATE, np.int64(1)), _ADAM_ATTRS, _torch_adam),
         *_samples(2, (RATE, np.int64(7)), _ADAM_ATTRS, _torch_adam),
@@ -360,13 +362,13 @@ def _lion_rule(
     axis: int = 0,
     start: int = -1,
 ) -> tuple[TensorType, TensorType]:
-    _require_update(p, {"g": g, "m": m}, indices, axis, start)
+    require_update(p, {"g": g, "m": m}, indices, axis, start)
     require_type("lr", lr, f32())
     require(0 <= beta1 < 1 and 0 <= beta2 < 1, f"the betas must lie in [0, 1), not {beta1} and {beta2}")
     return p, m
 
 
-def _lion(
+def lion_step(
     p: Array,
     g: Array,
     m: Array,
@@ -378,6 +380,7 @@ def _lion(
     weight_decay: float = 0.0,
     axis: int = 0,
 ) -> tuple[Array, Array]:
+    """The reference of `lion`."""
     rate = float(lr)
     part = _part(p, indices, axis) * (1 - rate * weight_decay)
     direction = np.sign(beta1 * m + (1 - beta1) * g)
@@ -397,7 +400,7 @@ def _torch_lion(attrs: Mapping[str, Any]) -> Any:
 define(
     "lion",
     type_rule=_lion_rule,
-    reference=_on_rows(_lion, 1),
+    reference=_on_rows(lion_step, 1),
     samples=_samples(
         1,
         (RATE,),

@@ -74,11 +74,12 @@ Status check_arguments(const Program& program, const EntryRecord& entry,
 }
 
 // Ops that read and write element by element, or only move bytes, so that integers may be replaced in place.
+// The slots of one byte per element are bytes of which each is a valid code.
 // Others may use integers as indices, which must not change between the kernel's range check and their use.
 bool replaces_integers(const std::string& op) {
-  static const char* const kOps[] = {"add",         "sub",        "mul",        "maximum", "minimum",
-                                     "neg",         "abs",        "copy",       "reshape", "insert",
-                                     "logical_and", "logical_or", "logical_not"};
+  static const char* const kOps[] = {
+      "add",     "sub",    "mul",         "maximum",    "minimum",     "neg",       "abs",   "copy",
+      "reshape", "insert", "logical_and", "logical_or", "logical_not", "momentum8", "adam8", "lion8"};
   for (const char* name : kOps) {
     if (op == name) return true;
   }

@@ -122,6 +122,9 @@ OPS = frozenset(
         "momentum",
         "adam",
         "lion",
+        "momentum8",
+        "adam8",
+        "lion8",
         "learning_rate",
     }
 )

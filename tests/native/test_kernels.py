@@ -25,6 +25,7 @@ SIMD_OPS = re.findall(r"^POCKC_SIMD\((\w+)\)", LISTED, re.MULTILINE)
 CASES = [(op, i) for op, definition in OPS.items() for i in range(len(definition.samples))]
 # The buffers that an optimizer's outputs always share: p, then the slots.
 OPTIMIZER_STATE = {"sgd": (0,), "momentum": (0, 2), "adam": (0, 2, 3), "lion": (0, 2)}
+OPTIMIZER_STATE |= {"momentum8": (0, 2, 3), "adam8": (0, 2, 3, 4, 5), "lion8": (0, 2, 3)}
 
 
 @dataclass(frozen=True)

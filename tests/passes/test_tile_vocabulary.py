@@ -212,6 +212,20 @@ def test_clipping_needs_all_of_the_gradient() -> None:
 
 
 @pytest.mark.usefixtures("forced")
+@pytest.mark.parametrize("name", ["momentum", "adamw", "lion"])
+def test_slots_of_one_byte_need_all_of_the_gradient(name: str) -> None:
+    """Blocks of codes span rows, so that a range of rows cannot be updated alone."""
+    options = recipe("table", "body", "head", optimizer=OPTIMIZERS[name], state_dtype="int8")
+    before = lowered(language_model(), options)
+    after = tile_vocabulary.run(before, options)
+    both_agree(before, after)
+    assert not has_logits(after)
+    op = {"momentum": "momentum8", "adamw": "adam8", "lion": "lion8"}[name]
+    assert op_counts(after.nodes)["insert"] == 5 and op_counts(after.nodes)[op] == 3
+    assert all(len(chain) == 1 for chain in update_chains(after).values())
+
+
+@pytest.mark.usefixtures("forced")
 @pytest.mark.parametrize("accumulate", [True, False])
 def test_accumulation_needs_all_of_the_gradient(accumulate: bool) -> None:
     options = recipe("table", "body", "head", accumulation=2)

@@ -24,27 +24,49 @@ inline bool holds_rows(const Tensor& g, const Tensor& p, int64_t start) {
   return p.rank > 0 && same_shape_except(p, g, 0) && start <= p.dims[0] - g.dims[0];
 }
 
+// Scalars (lr f32, step i64) and the optional indices from operand `first` on: the last of what a call has.
+inline bool fits_rest(const Call& call, int first, int scalars, const Part& part) {
+  const Tensor& p = call.inputs[0];
+  const Tensor& g = call.inputs[1];
+  const int axis = part.axis;
+  if (!is_scalar(call.inputs[first], DType::kF32)) return false;
+  if (scalars == 2 && !is_scalar(call.inputs[first + 1], DType::kI64)) return false;
+  if (part.start >= 0) return call.input_count == first + scalars && holds_rows(g, p, part.start);
+  if (call.input_count == first + scalars) return same_shape(p, g);
+  const Tensor& indices = call.inputs[first + scalars];
+  return axis < p.rank && indices.dtype == DType::kI32 && indices.rank == 1 &&
+         same_shape_except(p, g, axis) && g.dims[axis] == indices.dims[0];
+}
+
 // `state` operands (p, g, slots), then `scalars` (lr f32, step i64), then the optional indices.
 inline bool fits_update(const Call& call, int state, int scalars, const Part& part) {
   const Tensor& p = call.inputs[0];
   const Tensor& g = call.inputs[1];
-  const int axis = part.axis;
   if (!is_f32(p) || !same_type(p, call.outputs[0])) return false;
   for (int i = 1; i < state; ++i) {
     const Tensor& expected = i > 1 && part.start >= 0 ? p : g;
     if (!is_f32(call.inputs[i]) || !same_shape(call.inputs[i], expected)) return false;
     if (i > 1 && !same_type(call.inputs[i], call.outputs[i - 1])) return false;
   }
-  if (!is_scalar(call.inputs[state], DType::kF32)) return false;
-  if (scalars == 2 && !is_scalar(call.inputs[state + 1], DType::kI64)) return false;
-  if (part.start >= 0) return call.input_count == state + scalars && holds_rows(g, p, part.start);
-  if (call.input_count == state + scalars) return same_shape(p, g);
-  const Tensor& indices = call.inputs[state + scalars];
-  return axis < p.rank && indices.dtype == DType::kI32 && indices.rank == 1 &&
-         same_shape_except(p, g, axis) && g.dims[axis] == indices.dims[0];
+  return fits_rest(call, state, scalars, part);
 }
 
-// Elements in front of the updated rows, in p and in the slots: kernels move their pointers by these.
+// A slot of floats, element by element.
+class FloatSlot {
+ public:
+  static constexpr bool kHasStart = true;  // whether its ops have the attribute
+
+  FloatSlot(const Call& call, int index)
+      : values_(call.inputs[2 + index].as<float>()), new_values_(call.outputs[1 + index].as<float>()) {}
+  float at(int64_t i) const { return values_[i]; }
+  void set(int64_t i, float value) { new_values_[i] = value; }
+
+ private:
+  const float* values_;
+  float* new_values_;
+};
+
+// Elements in front of the updated rows, in p and in the slots.
 inline int64_t elements_before(const Call& call, const Part& part) {
   return part.start <= 0 ? 0 : part.start * (call.inputs[0].elements() / call.inputs[0].dims[0]);
 }
@@ -85,10 +107,10 @@ Status for_each_updated(const Call& call, int operands, const Part& part, Update
 }
 
 // For optimizers, axis 0 is the default even of a scalar parameter; fits_update looks closer when it is used.
-inline Part updated_part(Attributes& attributes) {
+inline Part updated_part(Attributes& attributes, bool has_start = true) {
   Part part;
   part.axis = static_cast<int>(attributes.integer(0, kMaxRank - 1));
-  part.start = attributes.integer(-1, kMaxElements);
+  if (has_start) part.start = attributes.integer(-1, kMaxElements);
   return part;
 }
 

@@ -4,7 +4,8 @@
 // cases are the same update of a run [to, to + n) of p from [from, from + n) of g. With a start, rows of p
 // and of the whole slots from there on are updated: their pointers are moved to that row. Outputs may be the
 // operands themselves.
-#include "simd/attributes.h"
+#include "simd/optimizer.h"
+
 #include "simd/math.h"
 
 namespace pockc {
@@ -51,12 +52,8 @@ Status for_runs(const Call& call, int operands, const Part& part, Update&& updat
   const int32_t* indices = call.inputs[operands].as<int32_t>();
   const int64_t listed = call.inputs[operands].dims[0];
   const int64_t length = p.dims[axis];
-  for (int64_t k = 0; k < listed; ++k) {
-    if (indices[k] < 0 || indices[k] >= length) {
-      return fail(PK_INVALID_ARGUMENT, "index %lld is outside of the range 0 to %lld",
-                  static_cast<long long>(indices[k]), static_cast<long long>(length - 1));
-    }
-  }
+  const Status status = require_indices(call.inputs[operands], length);
+  if (status != PK_OK) return status;
   int64_t outer = 1, inner = 1;
   for (int i = 0; i < p.rank; ++i) (i < axis ? outer : inner) *= i == axis ? 1 : p.dims[i];
   const int64_t grain = maximum<int64_t>(1, kElementGrain / maximum<int64_t>(1, listed * inner));
