@@ -40,7 +40,7 @@ def rescaled(node: Node, batch: int, start: int, samples: int) -> Mapping[str, A
     """The attributes of a node for the samples ``[start, start + samples)``."""
     if "first_row" in node.attrs:
         logits = node.inputs[1 if node.op == "cross_entropy_grad" else 0]
-        return {**node.attrs, "first_row": node.attrs["first_row"] + start * (logits.type.shape[0] // batch)}
+        return {**node.attrs, "first_row": max(0, node.attrs["first_row"]) + start * (logits.type.shape[0] // batch)}
     if node.op not in ("reshape", "expand"):
         return node.attrs
     rows, *rest = node.attrs["shape"]
@@ -60,7 +60,7 @@ def _aligned(node: Node, batched: Batched) -> Roles | None:
 
 
 def _has_rows(value: Value, shape: tuple[int, ...]) -> bool:
-    return len(value.type.shape) == len(shape) and value.type.shape[0] == shape[0]
+    return len(value.type.shape) == len(shape) and value.type.shape[:1] == shape[:1] != ()
 
 
 def _only(position: int, keeps_rows: Callable[[Node], bool] = lambda node: True) -> Rule:

@@ -162,14 +162,14 @@ def _facts(metadata: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
 def _memory_facts(metadata: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     """The budget, if there is one, and what was chosen to need less memory, with its estimated cost."""
     if budget := metadata.get("budget"):
-        yield "memory budget", f"{_size(budget['bytes'])}; without it {_size(budget['unconstrained_bytes'])}"
+        yield "memory budget", f"{size(budget['bytes'])}; without it {size(budget['unconstrained_bytes'])}"
     plan = metadata.get("memory_plan", {})
     if plan.get("micro_batch", 0) < plan.get("batch", 0):
         yield "micro-batches", f"of {plan['micro_batch']}, {plan['batch']} samples in all"
     if again := plan.get("recomputed", ()):
         ops = sorted({item["op"] for item in again})
         nbytes = sum(item["nbytes"] for item in again)
-        yield "computed again", f"{len(again)} results of {', '.join(ops)}: {_size(nbytes)} are not kept"
+        yield "computed again", f"{len(again)} results of {', '.join(ops)}: {size(nbytes)} are not kept"
     if plan.get("estimated_slowdown", 1.0) > 1.0:
         yield "cost of both, estimated", f"{plan['estimated_slowdown'] - 1:.0%} more time"
 

@@ -24,13 +24,16 @@ def _cross_entropy_rule(
     *,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
-    first_row: int = 0,
+    first_row: int = -1,
 ) -> TensorType:
-    require_dtype("logits", logits, "f32")
-    require(len(logits.shape) == 2, f"logits must be f32[N,C], not {logits}")
-    require(labels.dtype == "i64" and len(labels.shape) == 1, f"the labels must be i64[N], not {labels}")
-    last = first_row + logits.shape[0]
-    require(first_row >= 0 and last <= labels.shape[0], f"{labels} has no labels for rows {first_row} to {last}")
+    if first_row < 0:
+        _require_logits(logits, labels)
+    else:
+        require_dtype("logits", logits, "f32")
+        require(len(logits.shape) == 2, f"logits must be f32[N,C], not {logits}")
+        require(labels.dtype == "i64" and len(labels.shape) == 1, f"the labels must be i64[N], not {labels}")
+        last = first_row + logits.shape[0]
+        require(last <= labels.shape[0], f"{labels} has no labels for rows {first_row} to {last}")
     require(0 <= label_smoothing <= 1, f"label smoothing must lie in [0, 1], not {label_smoothing}")
     return f32()
 
@@ -46,13 +49,13 @@ def valid_labels(labels: Array, classes: int, ignore_index: int) -> tuple[Array,
 
 # With p = softmax(logits), s the smoothing and one row's label l:
 # loss = -(1 - s) log p_l - s / C sum_c log p_c, averaged over the rows that count.
-# Logits may be the rows from `first_row` on of a batch whose labels are given: the result is then their share of the
-# mean over all labels, and the shares of all parts of the batch add up to it.
+# From `first_row` 0 on, logits are the rows from there on of a batch all of whose labels are given: the result is then
+# their share of the mean over all labels, and the shares of all parts of the batch add up to it.
 def _cross_entropy(
-    logits: Array, labels: Array, *, ignore_index: int = -100, label_smoothing: float = 0.0, first_row: int = 0
+    logits: Array, labels: Array, *, ignore_index: int = -100, label_smoothing: float = 0.0, first_row: int = -1
 ) -> Array:
     all_valid, all_known = valid_labels(labels, logits.shape[1], ignore_index)
-    rows = slice(first_row, first_row + len(logits))
+    rows = slice(max(0, first_row), max(0, first_row) + len(logits))
     valid, known = all_valid[rows], all_known[rows]
     log_p = log_softmax(logits)
     loss = -np.take_along_axis(log_p, known[:, None], 1)[:, 0]
@@ -88,7 +91,7 @@ _PART_CASES: tuple[tuple[TensorType, Array, dict[str, Any]], ...] = (
 def _torch_part(t: Any, x: Any, y: Any, attrs: dict[str, Any]) -> Any:
     """The share that some rows have in the mean over all labels."""
     options = {name: value for name, value in attrs.items() if name != "first_row"}
-    first = attrs["first_row"]
+    first = max(0, attrs["first_row"])
     losses = t.nn.functional.cross_entropy(x, y[first : first + len(x)], reduction="sum", **options)
     return losses / (y != attrs.get("ignore_index", -100)).sum()
 
@@ -113,7 +116,7 @@ def _cross_entropy_grad_rule(
     *,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
-    first_row: int = 0,
+    first_row: int = -1,
 ) -> TensorType:
     require_type("ct", ct, f32())
     _cross_entropy_rule(logits, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, first_row=first_row)
@@ -129,11 +132,12 @@ def _cross_entropy_grad(
     *,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
-    first_row: int = 0,
+    first_row: int = -1,
 ) -> Array:
     rows, classes = logits.shape
     all_valid, all_known = valid_labels(labels, classes, ignore_index)
-    valid, known = all_valid[first_row : first_row + rows], all_known[first_row : first_row + rows]
+    part = slice(max(0, first_row), max(0, first_row) + rows)
+    valid, known = all_valid[part], all_known[part]
     gradient = np.exp(log_softmax(logits)) - label_smoothing / classes
     gradient[np.arange(rows), known] -= 1 - label_smoothing
     scale = ct / max(1, int(all_valid.sum()))

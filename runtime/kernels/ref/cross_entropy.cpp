@@ -1,11 +1,12 @@
 // cross_entropy(logits[N,C], labels i64[M]; ignore_index, label_smoothing, first_row) -> f32[]: with e the
 // smoothing and l the log-softmax, the mean over the rows that are not ignored of
-// -(1 - e) * l[label] - e / C * sum(l); NaN if all are. Labels belong to M >= first_row + N rows, of which
-// the logits are those from first_row on: then it is their share of the mean. cross_entropy_grad(ct, logits,
-// labels; ...) = ct / rows * (softmax - (1 - e) * [label] - e / C), 0 for ignored rows; the output may be the
-// logits themselves. A label outside [0, C) that is not ignored: PK_INVALID_ARGUMENT. count_correct(logits,
-// labels; samples, ignore_index) -> (i64[samples], i64[samples]): how many of each sample's rows have the
-// label as their first maximum, and how many are not ignored.
+// -(1 - e) * l[label] - e / C * sum(l); NaN if all are. Where first_row is not negative, labels belong to M
+// >= first_row + N rows, of which the logits are those from first_row on: then it is their share of the mean.
+// cross_entropy_grad(ct, logits, labels; ...) = ct / rows * (softmax - (1 - e) * [label] - e / C), 0 for
+// ignored rows; the output may be the logits themselves. A label outside [0, C) that is not ignored:
+// PK_INVALID_ARGUMENT. count_correct(logits, labels; samples, ignore_index) -> (i64[samples], i64[samples]):
+// how many of each sample's rows have the label as their first maximum, and how many are not ignored.
+#include <algorithm>
 #include <cmath>
 
 #include "cross_entropy.h"
@@ -18,10 +19,11 @@ bool fits(const Tensor& logits, const Tensor& labels) {
          has_shape(labels, {logits.dims[0]});
 }
 
-// Whether the labels are those of the logits' rows, which begin at first_row.
+// Whether the labels are those of the logits' rows, or from first_row 0 on of more rows.
 bool has_labels(const Tensor& logits, const Tensor& labels, int64_t first_row) {
+  if (first_row < 0) return fits(logits, labels);
   return logits.rank == 2 && is_f32(logits) && labels.dtype == DType::kI64 && labels.rank == 1 &&
-         first_row >= 0 && first_row <= labels.dims[0] && labels.dims[0] - first_row >= logits.dims[0];
+         first_row <= labels.dims[0] && labels.dims[0] - first_row >= logits.dims[0];
 }
 
 double log_sum_exp(const float* x, int64_t length) {
@@ -47,14 +49,14 @@ Status run_cross_entropy(const Call& call) {
   const Tensor &logits = call.inputs[0], &labels = call.inputs[1];
   Attributes attributes(call);
   const CrossEntropy loss = read_cross_entropy(attributes);
-  const int64_t first_row = attributes.integer();
+  const int64_t* label_of = labels.as<int64_t>() + std::max<int64_t>(0, attributes.integer());
   const int64_t classes = logits.dims[1];
   int64_t counted = 0;
   const Status status = count_rows(labels, classes, loss.ignore_index, counted);
   if (status != PK_OK) return status;
   double total = 0.0;
   for (int64_t i = 0; i < logits.dims[0]; ++i) {
-    const int64_t label = labels.as<int64_t>()[first_row + i];
+    const int64_t label = label_of[i];
     if (label == loss.ignore_index) continue;
     const float* row = logits.as<float>() + i * classes;
     const double normaliser = log_sum_exp(row, classes);
@@ -84,7 +86,7 @@ Status run_cross_entropy_grad(const Call& call) {
   const Tensor &logits = call.inputs[1], &labels = call.inputs[2];
   Attributes attributes(call);
   const CrossEntropy loss = read_cross_entropy(attributes);
-  const int64_t first_row = attributes.integer();
+  const int64_t* label_of = labels.as<int64_t>() + std::max<int64_t>(0, attributes.integer());
   const int64_t classes = logits.dims[1];
   int64_t counted = 0;
   const Status status = count_rows(labels, classes, loss.ignore_index, counted);
@@ -92,7 +94,7 @@ Status run_cross_entropy_grad(const Call& call) {
   const double factor = *call.inputs[0].as<float>() / static_cast<double>(counted);
   const double spread = loss.smoothing / static_cast<double>(classes);
   for (int64_t i = 0; i < logits.dims[0]; ++i) {
-    const int64_t label = labels.as<int64_t>()[first_row + i];
+    const int64_t label = label_of[i];
     const float* row = logits.as<float>() + i * classes;
     float* out = call.outputs[0].as<float>() + i * classes;
     if (label == loss.ignore_index) {

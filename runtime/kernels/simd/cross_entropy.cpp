@@ -7,7 +7,7 @@ namespace POCKC_SIMD_NAMESPACE {
 namespace {
 
 CrossEntropy read(const Call& call) { return {call.ints[0], call.floats[0]}; }
-int64_t first_row(const Call& call) { return call.ints[1]; }
+int64_t first_row(const Call& call) { return maximum<int64_t>(0, call.ints[1]); }
 
 }  // namespace
 
