@@ -13,7 +13,8 @@ from pockc.errors import BudgetError, UserError
 from pockc.program import Program
 from pockc.recipe import Recipe
 
-ATTEMPTS = 4  # targets that are tried before the smallest program
+ATTEMPTS = 5  # targets that are tried before the smallest program
+TIGHT = 0.92  # of the budget: a plan that uses as much is not worth another attempt
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 Plan = Callable[[Recipe], Program]
@@ -55,17 +56,9 @@ def within(budget: int, recipe: Recipe, plan: Plan) -> Program:
     peak = unconstrained.memory.peak_bytes
     if peak <= budget:
         return _noted(unconstrained, recipe, budget, peak)
-    fixed = peak - _train_bytes(unconstrained)
-    target = budget - fixed
-    for _ in range(ATTEMPTS):
-        if target <= 0:
-            break
-        trial = replace(recipe, transient_target=target, decisions={})
-        program = plan(trial)
-        excess = program.memory.peak_bytes - budget
-        if excess <= 0:
-            return _noted(program, trial, budget, peak)
-        target -= excess
+    fixed = peak - (unconstrained.arena_bytes - unconstrained.state_bytes)  # states and mapped weights
+    if found := _fastest(budget, budget - fixed, recipe, plan):
+        return _noted(*found, budget, peak)
     trial = replace(recipe, transient_target=0, decisions={})
     program = plan(trial)
     smallest = program.memory.peak_bytes
@@ -78,8 +71,27 @@ def within(budget: int, recipe: Recipe, plan: Plan) -> Program:
     return _noted(program, trial, budget, peak)
 
 
-def _train_bytes(program: Program) -> int:
-    return program.placements["train_step"].nbytes
+def _fastest(budget: int, target: int, recipe: Recipe, plan: Plan) -> tuple[Program, Recipe] | None:
+    """The fastest program within the budget of a few targets: lower ones while plans are too large, then between."""
+    best: tuple[Program, Recipe] | None = None
+    too_high = fits = 0
+    for _ in range(ATTEMPTS):
+        if target <= 0:
+            break
+        trial = replace(recipe, transient_target=target, decisions={})
+        program = plan(trial)
+        peak = program.memory.peak_bytes
+        if peak > budget:
+            too_high = target
+            target = (fits + target) // 2 if fits else target - (peak - budget)
+            continue
+        fits = target
+        if best is None or trial.decisions["estimated_seconds"] < best[1].decisions["estimated_seconds"]:
+            best = program, trial
+        if not too_high or peak > TIGHT * budget:
+            break
+        target = (target + too_high) // 2
+    return best
 
 
 def _noted(program: Program, recipe: Recipe, budget: int, unconstrained: int) -> Program:

@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.torch, pytest.mark.native]
 
 OPTIMIZER = pockc.SGD(lr=1e-2, momentum=0.9)
 PLAIN = frozenset({"fit-memory"})
-NAMES = ("mobilenet_v2", "resnet50", "minilm_l6", "llama_tiny", "smollm2_135m")
+SIZES = [("mobilenet_v2", 1), ("resnet50", 3), ("minilm_l6", 1), ("llama_tiny", 3), ("smollm2_135m", 3)]  # of 4 samples
 
 # What the ops' own samples lack: rows that a batch of two divides.
 EXTRA: dict[str, tuple[Sample, ...]] = {
@@ -79,8 +79,7 @@ def test_what_is_computed_again_has_the_same_bits(name: str, tmp_path: Path) -> 
     assert all(np.array_equal(ours[1][key], theirs[1][key]) for key in theirs[1])
 
 
-@pytest.mark.parametrize("size", [1, 3])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "size"), SIZES)
 def test_gradients_of_micro_batches_add_up(name: str, size: int, tmp_path: Path) -> None:
     program = built(name, micro_batch=size)
     assert program.metadata["memory_plan"]["micro_batch"] == size
@@ -175,7 +174,7 @@ def test_a_budget_is_kept_with_the_same_losses(unconstrained: pockc.Program, sha
     np.testing.assert_allclose(wide_losses(program, tmp_path / "budget.pock"), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_any_budget_gives_a_program_within_it_or_says_what_is_possible(
     unconstrained: pockc.Program, seed: int, tmp_path: Path
 ) -> None:
