@@ -106,9 +106,13 @@ def test_unsupported_op_is_refused_with_its_place(monkeypatch: pytest.MonkeyPatc
     assert "native cannot run: exp at features.3 (model.py:12)" in message(lambda: native.lower(graph))
 
 
-def test_workspace_grows_with_the_threads_of_the_device(program: Program) -> None:
-    node = next(node for node in program.entries["train_step"].nodes if node.op == "matmul")
-    assert workspace_of(4)(node) > workspace_of(1)(node) > 0
+def test_workspace_of_large_products_grows_with_the_threads_of_the_device(program: Program) -> None:
+    small = next(node for node in program.entries["train_step"].nodes if node.op == "matmul")
+    assert workspace_of(4)(small) == workspace_of(1)(small) > 0  # it runs on one thread
+    builder = Builder()
+    large = builder.input("x", TensorType((2048, 512)))
+    builder("matmul", large, builder.input("w", TensorType((512, 512))))
+    assert workspace_of(4)(builder.nodes[0]) > workspace_of(1)(builder.nodes[0]) > 0
 
 
 def test_package_refuses_to_be_imported_under_another_name() -> None:
