@@ -22,7 +22,7 @@ from pockc.passes.rematerialise import with_second_computations
 from pockc.passes.split_step import Analysis, analyse
 from pockc.recipe import Recipe
 
-FREE_SHARE = 0.05  # of the step's estimated time that recomputation may cost where no target is given
+FREE_SHARE = 0.03  # of the step's estimated time that recomputation may cost where no target is given
 MOST_NODES = 12000  # of a step in micro-batches: more calls would take too long to plan
 
 
