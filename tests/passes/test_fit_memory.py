@@ -118,7 +118,7 @@ def sums_of(op: str) -> Iterator[tuple[Node, batch_rules.Roles, list[Array], int
 def test_an_op_that_is_called_a_sum_is(op: str) -> None:
     tried = 0
     for node, roles, operands, batch in sums_of(op):
-        if node.attrs.get("first_row", 0) or len(node.inputs) > 2:
+        if node.attrs.get("first_row", 0) > 0 or len(node.inputs) > 2:
             continue
         total: Array = np.zeros(node.outputs[0].type.shape)
         for i in range(batch):
