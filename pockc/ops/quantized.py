@@ -250,6 +250,7 @@ _CASES: tuple[tuple[tuple[int, ...], tuple[int, ...], Mapping[str, Any]], ...] =
     ((2, 6, 6, 5), (3, 3, 1, 5), {"zero_point": 99, "groups": 5, "padding": (1, 1, 1, 1)}),
     ((1, 7, 7, 18), (5, 5, 1, 18), {"zero_point": 0, "groups": 18, "stride": (2, 2), "padding": (2, 2, 2, 2)}),
     ((1, 9, 8, 40), (3, 3, 1, 40), {"zero_point": 255, "groups": 40, "padding": (1, 0, 1, 0), "high": 99}),
+    ((1, 4, 17, 20), (3, 3, 1, 20), {"zero_point": 31, "groups": 20, "padding": (1, 1, 1, 1)}),
     ((1, 5, 5, 3), (3, 3, 1, 6), {"zero_point": 5, "groups": 3, "stride": (2, 1), "padding": (1, 0, 1, 0)}),
 )
 

@@ -153,12 +153,14 @@ void dense(const Job& job, int64_t begin, int64_t end) {
   }
 }
 
-// A depthwise tile: channels [o, o + valid) of output pixels [j, j + pixels) of a row, of which input row r
-// is inside of the image for the taps [first_row, end_row).
+// A depthwise tile: channels [o, o + valid) of output pixels [j, j + pixels) of a row. Without Edge the tile
+// is whole, and all its taps are inside of their input rows.
+template <bool Edge>
 POCKC_INLINE void depthwise_tile(const Job& job, int64_t row, int64_t j, int64_t pixels, int64_t o,
                                  int64_t valid) {
   const Convolution& c = job.c;
   const int64_t image = row / c.out_height, i = row - image * c.out_height;
+  const int64_t first = j * c.stride[1] - c.padding[2];
   const vi zero = splat_int(job.zero);
   vi sums[kPixels], inputs[kPixels];
   for (int p = 0; p < kPixels; ++p) sums[p] = inputs[p] = vi{};
@@ -170,25 +172,34 @@ POCKC_INLINE void depthwise_tile(const Job& job, int64_t row, int64_t j, int64_t
       const vi w = widen(job.w + (r * c.kernel_w + s) * c.channels + o, valid);
       POCKC_UNROLL
       for (int p = 0; p < kPixels; ++p) {
-        const int64_t v = (j + p) * c.stride[1] - c.padding[2] + s * c.dilation[1];
-        if (p >= pixels || v < 0 || v >= c.width) continue;
+        const int64_t v = first + p * c.stride[1] + s * c.dilation[1];
+        if (Edge && (p >= pixels || v < 0 || v >= c.width)) continue;
         const vi x = widen(line + v * c.channels, valid) - zero;
         sums[p] += pair_products(x, w);  // the upper halves of w are 0
         inputs[p] += x;
       }
     }
   }
-  for (int p = 0; p < pixels; ++p) {
+  for (int p = 0; p < kPixels; ++p) {
+    if (Edge && p >= pixels) break;
     finish(job, sums[p] - inputs[p] * kWeightZero, row * c.out_width + j + p, o, valid);
   }
 }
 
 void depthwise(const Job& job, int64_t begin, int64_t end) {
+  const Convolution& c = job.c;
   for (int64_t row = begin; row < end; ++row) {
-    for (int64_t j = 0; j < job.c.out_width; j += kPixels) {
-      const int64_t pixels = minimum<int64_t>(kPixels, job.c.out_width - j);
-      for_vectors(0, job.c.channels, [&](int64_t o, int64_t valid) POCKC_LAMBDA {
-        depthwise_tile(job, row, j, pixels, o, valid);
+    for (int64_t j = 0; j < c.out_width; j += kPixels) {
+      const int64_t pixels = minimum<int64_t>(kPixels, c.out_width - j);
+      const int64_t first = j * c.stride[1] - c.padding[2];
+      const int64_t last = first + (kPixels - 1) * c.stride[1] + (c.kernel_w - 1) * c.dilation[1];
+      const bool inside = pixels == kPixels && first >= 0 && last < c.width;
+      for_vectors(0, c.channels, [&](int64_t o, int64_t valid) POCKC_LAMBDA {
+        if (inside) {
+          depthwise_tile<false>(job, row, j, pixels, o, valid);
+        } else {
+          depthwise_tile<true>(job, row, j, pixels, o, valid);
+        }
       });
     }
   }
