@@ -10,10 +10,11 @@ namespace pockc {
 namespace POCKC_SIMD_NAMESPACE {
 namespace {
 
-constexpr int kPixels = 6;              // of a tile
-constexpr int kDepth = 512;             // inputs of a tile's pixel that are gathered at once
-constexpr int kMostProducts = 1 << 15;  // of 255 * 255 at most: sums of codes fit into 32 bits
-constexpr int64_t kWorkGrain = 65536;   // products that are worth waking another thread
+constexpr int kPixels = W == 16 ? 12 : 6;  // of a tile: two vectors of sums each, and the registers are full
+constexpr int kRowPixels = 6;              // of a depthwise tile
+constexpr int kDepth = 512;                // inputs of a tile's pixel that are gathered at once
+constexpr int kMostProducts = 1 << 15;     // of 255 * 255 at most: sums of codes fit into 32 bits
+constexpr int64_t kWorkGrain = 65536;      // products that are worth waking another thread
 
 struct Job {
   Convolution c;
@@ -162,8 +163,8 @@ POCKC_INLINE void depthwise_tile(const Job& job, int64_t row, int64_t j, int64_t
   const int64_t image = row / c.out_height, i = row - image * c.out_height;
   const int64_t first = j * c.stride[1] - c.padding[2];
   const vi zero = splat_int(job.zero);
-  vi sums[kPixels], inputs[kPixels];
-  for (int p = 0; p < kPixels; ++p) sums[p] = inputs[p] = vi{};
+  vi sums[kRowPixels], inputs[kRowPixels];
+  for (int p = 0; p < kRowPixels; ++p) sums[p] = inputs[p] = vi{};
   for (int64_t r = 0; r < c.kernel_h; ++r) {
     const int64_t h = i * c.stride[0] - c.padding[0] + r * c.dilation[0];
     if (h < 0 || h >= c.height) continue;
@@ -171,7 +172,7 @@ POCKC_INLINE void depthwise_tile(const Job& job, int64_t row, int64_t j, int64_t
     for (int64_t s = 0; s < c.kernel_w; ++s) {
       const vi w = widen(job.w + (r * c.kernel_w + s) * c.channels + o, valid);
       POCKC_UNROLL
-      for (int p = 0; p < kPixels; ++p) {
+      for (int p = 0; p < kRowPixels; ++p) {
         const int64_t v = first + p * c.stride[1] + s * c.dilation[1];
         if (Edge && (p >= pixels || v < 0 || v >= c.width)) continue;
         const vi x = widen(line + v * c.channels, valid) - zero;
@@ -180,7 +181,7 @@ POCKC_INLINE void depthwise_tile(const Job& job, int64_t row, int64_t j, int64_t
       }
     }
   }
-  for (int p = 0; p < kPixels; ++p) {
+  for (int p = 0; p < kRowPixels; ++p) {
     if (Edge && p >= pixels) break;
     finish(job, sums[p] - inputs[p] * kWeightZero, row * c.out_width + j + p, o, valid);
   }
@@ -189,11 +190,11 @@ POCKC_INLINE void depthwise_tile(const Job& job, int64_t row, int64_t j, int64_t
 void depthwise(const Job& job, int64_t begin, int64_t end) {
   const Convolution& c = job.c;
   for (int64_t row = begin; row < end; ++row) {
-    for (int64_t j = 0; j < c.out_width; j += kPixels) {
-      const int64_t pixels = minimum<int64_t>(kPixels, c.out_width - j);
+    for (int64_t j = 0; j < c.out_width; j += kRowPixels) {
+      const int64_t pixels = minimum<int64_t>(kRowPixels, c.out_width - j);
       const int64_t first = j * c.stride[1] - c.padding[2];
-      const int64_t last = first + (kPixels - 1) * c.stride[1] + (c.kernel_w - 1) * c.dilation[1];
-      const bool inside = pixels == kPixels && first >= 0 && last < c.width;
+      const int64_t last = first + (kRowPixels - 1) * c.stride[1] + (c.kernel_w - 1) * c.dilation[1];
+      const bool inside = pixels == kRowPixels && first >= 0 && last < c.width;
       for_vectors(0, c.channels, [&](int64_t o, int64_t valid) POCKC_LAMBDA {
         if (inside) {
           depthwise_tile<false>(job, row, j, pixels, o, valid);
