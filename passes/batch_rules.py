@@ -105,6 +105,11 @@ def _attention(node: Node, batched: Batched) -> Roles | None:
     return None if stretched else found
 
 
+def _insert(node: Node, batched: Batched) -> Roles | None:
+    """What is filled, and the part, where the parts lie along another axis."""
+    return None if node.attrs["axis"] == 0 else (True, True)
+
+
 def _all_rows(node: Node, batched: Batched) -> Roles | None:
     return tuple(True for _ in node.inputs)
 
@@ -167,6 +172,7 @@ RULES: dict[str, Rule] = {
     **_table(_only(1), "embedding"),
     **_table(_masked, "apply_mask"),
     **_table(_concat, "concat"),
+    **_table(_insert, "insert"),
     **_table(_matmul, "matmul"),
     **_table(_attention, "attention", "attention_grad"),
     **_table(_all_rows, "max_pool2d_grad"),

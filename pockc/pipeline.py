@@ -30,6 +30,7 @@ from pockc.passes import (
     slice_updates,
     split_backward,
     split_prefix,
+    split_rows,
     tile_channels,
     tile_updates,
     tile_vocabulary,
@@ -99,6 +100,7 @@ LOWER: tuple[Pass, ...] = (
     Pass("fit-memory", fit_memory.run, "lowered", optional=True),  # after cse, which would undo it
     Pass("split-backward", split_backward.run, "lowered", optional=True),  # before what is fitted below the rest
     Pass("tile-updates", tile_updates.run, "lowered", optional=True),  # as is what follows
+    Pass("split-rows", split_rows.run, "lowered", optional=True),  # before tiles, of which strips may need none
     Pass("tile-channels", tile_channels.run, "lowered", optional=True),  # of fused products, while each is there once
     Pass("split-prefix", split_prefix.run, "lowered", optional=True),  # after the last pass that adds readers
     Pass("reorder", reorder.run, "lowered", reducible=True),
