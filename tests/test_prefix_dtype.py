@@ -123,7 +123,7 @@ def test_the_runtime_and_the_interpreter_agree(reference_kernels: bool, tmp_path
     given = batch(3)
     with Session(tmp_path / "model.pock", reference_kernels=reference_kernels) as session:
         evaluated = session.eval_step(**given)
-        logits = session.infer(pixel_values=given["pixel_values"])
+        logits = session.run("infer", pixel_values=given["pixel_values"])["logits"]
         loss = session.train_step(**given)
     expected, _ = evaluate(program.entries["train_step"], given)
 

@@ -21,6 +21,7 @@ from pockc.passes import dce, differentiate, quantize_prefix, reorder
 from pockc.passes.frozen_prefix import prefix_nodes, value_keys
 from pockc.passes.lifetimes import buffers
 from pockc.passes.quantize_prefix import affine
+from pockc.passes.row_strips import analyse, in_strips
 from pockc.recipe import Recipe
 
 RECIPE = Recipe(trained={"head": None}, optimizer=SGD(lr=0.1))
@@ -221,12 +222,17 @@ def test_pools_and_movements_work_on_codes() -> None:
     close(graph, after)
 
 
-def test_the_image_is_moved_as_codes() -> None:
+def channels_first() -> tuple[Network, Value, dict[str, Array]]:
+    """A network whose images come as PyTorch has them; the images in the layout of the layers; samples."""
     b = Network()
     b.inputs[0] = b.image = Value("image", f32(2, 3, 8, 8))
-    graph = b.finished(b.conv(b("transpose", b.image, permutation=(0, 2, 3, 1)), 8, 3))
     samples = {"image": images()["image"].transpose(0, 3, 1, 2).copy()}
-    after = quantized(graph, samples=samples)
+    return b, b("transpose", b.image, permutation=(0, 2, 3, 1)), samples
+
+
+def test_the_image_is_moved_as_codes() -> None:
+    b, image, samples = channels_first()
+    after = quantized(b.finished(b.conv(image, 8, 3)), samples=samples)
 
     assert [node.op for node in after.nodes] == ["quantize", "transpose", "conv2d_int8", "dequantize", "mul"]
     assert after.nodes[1].outputs[0].type.dtype == "u8"
@@ -243,6 +249,22 @@ def test_what_has_no_kernel_stays_f32_between_conversions() -> None:
     assert eight_bit_ops(after) == {"quantize": 2, "conv2d_int8": 2, "dequantize": 2}
     assert {"reduce_mean", "sigmoid", "mul"} <= op_counts(after.nodes).keys()
     close(graph, after)
+
+
+def test_strips_of_rows_give_the_same_codes() -> None:
+    b, image, samples = channels_first()
+    pooled, _ = b.multi("max_pool2d", b.conv(image, 8, 3), kernel=(3, 3), stride=(1, 1), padding=(1, 1, 1, 1))
+    deep = b.conv(b.conv(pooled, 16), 16, 3, groups=16)
+    graph = quantized(b.finished(b("hardswish", b("add", pooled, b.conv(deep, 8, clip=False)))), samples=samples)
+    images_of = analyse(graph)
+    expected = evaluate(graph, samples)[0]["boundary"]
+
+    ends = {cut.nodes[-1].op for cut in images_of.cuts}
+    assert {"conv2d_int8", "add_int8", "max_pool2d_int8", "lookup_int8"} <= ends
+    for cut in images_of.cuts:
+        for count in (2, 4):
+            after = in_strips(graph, images_of, cut, count)
+            np.testing.assert_array_equal(evaluate(after, samples)[0]["boundary"], expected)
 
 
 def test_a_convolution_with_two_readers_keeps_its_sum_and_its_clip_apart() -> None:
