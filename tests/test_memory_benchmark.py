@@ -94,7 +94,7 @@ def test_random_schemes_are_the_same_in_every_run_and_differ_from_each_other() -
 @pytest.mark.native
 @pytest.mark.slow
 def test_eight_bits_take_less_memory_and_change_the_loss_a_little() -> None:
-    results = memory_int8.measure(small=True)
+    results = memory_int8.measure(small=False)  # of small images the peak is behind the prefix
     plain, _, prefix = results
 
     assert all(bar.met for bar in memory_int8.bars(results))
