@@ -152,13 +152,15 @@ RULES: dict[str, Rule] = {
         "neg", "abs", "sign", "exp", "log", "sqrt", "rsqrt", "reciprocal", "sin", "cos", "tanh", "sigmoid", "erf",
         "softplus", "floor", "silu", "hardswish", "hardsigmoid", "gelu", "leaky_relu", "elu", "pow_scalar", "clip",
         "logical_not", "cast", "copy", "reshape", "range_mask", "conv2d", "max_pool2d", "avg_pool2d",
-        "conv2d_grad_input", "avg_pool2d_grad",
+        "conv2d_grad_input", "avg_pool2d_grad", "quantize", "dequantize", "lookup_int8", "conv2d_int8",
+        "max_pool2d_int8",
     ),
     **_table(
         _aligned,
         "add", "sub", "mul", "div", "pow", "maximum", "minimum", "equal", "not_equal", "less", "less_equal", "greater",
         "greater_equal", "logical_and", "logical_or", "where", "rotary", "tanh_grad", "sigmoid_grad", "gelu_grad",
         "silu_grad", "hardswish_grad", "hardsigmoid_grad", "leaky_relu_grad", "elu_grad",
+        "add_int8",
     ),
     **_table(
         _only(0, _beyond_rows),

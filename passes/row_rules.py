@@ -20,11 +20,11 @@ UNARY = frozenset(
     {
         "neg", "abs", "sign", "exp", "log", "sqrt", "rsqrt", "reciprocal", "sin", "cos", "tanh", "sigmoid", "erf",
         "softplus", "floor", "silu", "hardswish", "hardsigmoid", "gelu", "leaky_relu", "elu", "pow_scalar", "clip",
-        "cast", "copy",
+        "cast", "copy", "quantize", "dequantize", "lookup_int8",
     }
 )  # fmt: skip
-BINARY = frozenset({"add", "sub", "mul", "div", "maximum", "minimum"})
-WINDOWS = frozenset({"conv2d", "max_pool2d", "avg_pool2d"})
+BINARY = frozenset({"add", "sub", "mul", "div", "maximum", "minimum", "add_int8"})
+WINDOWS = frozenset({"conv2d", "conv2d_int8", "max_pool2d", "max_pool2d_int8", "avg_pool2d"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +54,20 @@ def _window(node: Node, rows: Rows) -> Reading:
     """A sliding window: out[i] reads x[i * stride - top + t * dilation] for the taps t = 0 ... kernel - 1."""
     x, *others = node.inputs
     height = x.type.shape[1]
-    kernel = others[0].type.shape[1] if node.op == "conv2d" else node.attrs["kernel"][0]
+    kernel = _kernel_height(node)
     stride, dilation = node.attrs["stride"][0], node.attrs.get("dilation", (1, 1))[0]
     top, _, left, right = node.attrs["padding"]
     first = rows[0] * stride - top
     end = (rows[1] - 1) * stride - top + (kernel - 1) * dilation + 1
     padding = (max(0, -first), max(0, end - height), left, right)
     return Reading(((max(0, first), min(height, end)), *(None for _ in others)), {**node.attrs, "padding": padding})
+
+
+def _kernel_height(node: Node) -> int:
+    if node.op in ("conv2d", "conv2d_int8"):  # a weight begins with its filters, or with its kernel
+        return node.inputs[1].type.shape[1 if node.op == "conv2d" else 0]
+    height: int = node.attrs["kernel"][0]
+    return height
 
 
 def _same_axis(node: Node, axes: Axes) -> int | None:

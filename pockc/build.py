@@ -7,10 +7,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
+from pockc import calibration as ranges
 from pockc.budget import Alternative, advised, within
 from pockc.errors import BudgetError, UserError, near_names
 from pockc.ir import Graph
@@ -21,12 +22,13 @@ from pockc.passes.channel_chains import tiles_of
 from pockc.passes.lifetimes import update_chains
 from pockc.pipeline import ACCUMULATE, COMMON, EVAL, INFER, LOWER, TOGETHER, TRAIN, Manager, Pass
 from pockc.program import Program, place_states
-from pockc.recipe import BatchNorm, FrozenDtype, Recipe, StateDtype
+from pockc.recipe import BatchNorm, FrozenDtype, PrefixDtype, Recipe, StateDtype
 from pockc.scheme import Channels, Scheme, detect_family, resolve
 from pockc.targets import devices
 from pockc.targets.native import NATIVE, workspace_of
 
 Inputs = Mapping[str, Any] | tuple[Any, ...]
+Calibration = Mapping[str, Any] | Literal["example"] | None
 ENTRIES = ("train_step", "eval_step", "infer")
 
 
@@ -48,6 +50,8 @@ def build(
     disabled: frozenset[str] = frozenset(),
     compare_full: bool = False,
     frozen_dtype: FrozenDtype = "f32",
+    prefix_dtype: PrefixDtype = "f32",
+    calibration: Calibration = None,
     entries: Collection[str] = ENTRIES,
 ) -> Program:
     """Compile one training step of a PyTorch model.
@@ -73,6 +77,10 @@ def build(
         compare_full: also plan the scheme ``full``, and keep its memory in the metadata for comparison.
         frozen_dtype: how the program stores large frozen weights: ``f32``, ``bf16``, ``int8`` (a scale per output
             channel) or ``int4`` (a scale per 32 elements). Kernels decode them; what is trained stays float32.
+        prefix_dtype: ``int8`` computes what lies in front of everything trained with eight-bit weights and activations,
+            the same in every entry.
+        calibration: what ``int8`` activations have to cover, as samples: an array per input, samples along the first
+            axis, of which tens to hundreds do; or ``example`` for the example inputs.
         entries: what the program can do: ``train_step``, which is always there, ``eval_step`` and ``infer``. The arena
             has room for the largest of them.
 
@@ -85,6 +93,7 @@ def build(
     """
     optimizer = optimizer or AdamW()
     _check_options(loss, batchnorm, accumulation, frozen_dtype)
+    _check_prefix(prefix_dtype, calibration, batchnorm)
     _check_state_dtype(state_dtype, optimizer)
     _check_entries(entries)
     if memory_budget is not None and memory_budget <= 0:
@@ -104,6 +113,8 @@ def build(
         disabled=disabled,
         compare_full=compare_full,
         frozen_dtype=frozen_dtype,
+        prefix_dtype=prefix_dtype,
+        calibration=calibration,
         entries=tuple(entries),
     )
     try:
@@ -130,6 +141,8 @@ class Options:
     disabled: frozenset[str]
     compare_full: bool
     frozen_dtype: FrozenDtype
+    prefix_dtype: PrefixDtype
+    calibration: Calibration
     entries: tuple[str, ...]
 
 
@@ -173,6 +186,11 @@ def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
         disabled=options.disabled,
     )
 
+    if options.prefix_dtype == "int8":
+        samples = _samples(model, example_inputs, options.calibration)
+        common = Manager(recipe, NATIVE.supports).run("calibrate", COMMON, imported.graph)
+        recipe = replace(recipe, prefix_ranges=ranges.measure(common, recipe, samples))
+
     def planned(recipe: Recipe) -> Program:
         return _plan(recipe, imported.graph, evaluated.graph if evaluated else None, options.seed, options.entries)
 
@@ -189,6 +207,7 @@ def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
         "state_dtype": options.state_dtype,
         "batchnorm": batchnorm,
         "frozen_dtype": options.frozen_dtype,
+        "prefix_dtype": options.prefix_dtype,
         "device": target.name,
         "aliases": dict(imported.aliases),
         "trained": [name for name in recipe.trained if name not in without_gradient],
@@ -221,7 +240,9 @@ def _alternatives(model: Any, example_inputs: Inputs, options: Options) -> Itera
     images = [x for x in tensors if len(x.shape) == 4 and x.shape[2] == x.shape[3] >= 64]
     for pixels in (images[0].shape[2] // 2,) if images else ():
         smaller = _mapped(example_inputs, lambda x, n=pixels: x[:, :, :n, :n] if len(x.shape) == 4 else x)
-        yield Alternative(f"images of {pixels} by {pixels} pixels", partial(_build, model, smaller, options))
+        # Samples are of another size; memory is the same with any.
+        measured = replace(options, calibration="example") if options.calibration else options
+        yield Alternative(f"images of {pixels} by {pixels} pixels", partial(_build, model, smaller, measured))
 
 
 def _mapped(example_inputs: Inputs, function: Callable[..., Any]) -> Inputs:
@@ -266,6 +287,37 @@ def _check_options(loss: object, batchnorm: str, accumulation: int, frozen_dtype
         raise UserError(f"accumulation is {accumulation}; it counts micro-steps and is at least 1")
     if not (loss is None or isinstance(loss, str) or callable(loss)):
         raise UserError(f"loss is {loss!r}", supported="a name, a callable loss(output, labels), or None")
+
+
+def _check_prefix(prefix_dtype: str, calibration: Calibration, batchnorm: str) -> None:
+    if prefix_dtype not in get_args(PrefixDtype):
+        raise UserError(f"prefix_dtype is {prefix_dtype!r}", supported=", ".join(get_args(PrefixDtype)))
+    if prefix_dtype == "f32" and calibration is not None:
+        raise UserError("calibration samples are for prefix_dtype 'int8', but it is 'f32'")
+    if prefix_dtype == "f32":
+        return
+    if calibration is None:
+        raise UserError(
+            "prefix_dtype is 'int8', but there are no samples to measure the ranges of activations with",
+            supported="calibration: an array of samples per model input; or 'example', the example inputs",
+            instead="Give tens to hundreds of training samples, as --calibrate data.npz or --calibrate example.",
+        )
+    if isinstance(calibration, str) and calibration != "example":
+        raise UserError(f"calibration is the text {calibration!r}", supported="arrays by input name, or 'example'")
+    if batchnorm == "train":
+        raise UserError(
+            "prefix_dtype is 'int8', but batchnorm 'train' updates the statistics that it would fold",
+            supported="batchnorm fold, freeze",
+        )
+
+
+def _samples(model: Any, example_inputs: Inputs, calibration: Calibration) -> Mapping[str, Any]:
+    """The calibration samples, as arrays by input name."""
+    from pockc.frontend.torch_parity import named_arrays
+
+    if isinstance(calibration, Mapping):
+        return {name: np.asarray(array) for name, array in calibration.items()}
+    return named_arrays(model, example_inputs)
 
 
 def _check_state_dtype(state_dtype: str, optimizer: Optimizer) -> None:

@@ -25,6 +25,7 @@ from pockc.passes import (
     fuse,
     layout,
     quantize_frozen,
+    quantize_prefix,
     reorder,
     slice_updates,
     split_backward,
@@ -73,6 +74,7 @@ COMMON: tuple[Pass, ...] = (
     Pass("fold", fold.run, "imported"),  # the folded scales and shifts of frozen parameters
     Pass("cse", cse.run, "imported"),
     Pass("dce", dce.run, "imported"),
+    Pass("quantize-prefix", quantize_prefix.run, "imported"),  # before entries part: all shall see the same numbers
 )
 
 # From forward graph to training step.

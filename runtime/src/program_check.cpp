@@ -77,9 +77,10 @@ Status check_arguments(const Program& program, const EntryRecord& entry,
 // The slots of one byte per element are bytes of which each is a valid code.
 // Others may use integers as indices, which must not change between the kernel's range check and their use.
 bool replaces_integers(const std::string& op) {
-  static const char* const kOps[] = {
-      "add",     "sub",    "mul",         "maximum",    "minimum",     "neg",       "abs",   "copy",
-      "reshape", "insert", "logical_and", "logical_or", "logical_not", "momentum8", "adam8", "lion8"};
+  static const char* const kOps[] = {"add",         "sub",        "mul",         "maximum",   "minimum",
+                                     "neg",         "abs",        "copy",        "reshape",   "insert",
+                                     "logical_and", "logical_or", "logical_not", "momentum8", "adam8",
+                                     "lion8",       "add_int8",   "lookup_int8"};
   for (const char* name : kOps) {
     if (op == name) return true;
   }
