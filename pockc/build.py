@@ -22,7 +22,7 @@ from pockc.passes.channel_chains import tiles_of
 from pockc.passes.lifetimes import update_chains
 from pockc.pipeline import ACCUMULATE, COMMON, EVAL, INFER, LOWER, TOGETHER, TRAIN, Manager, Pass
 from pockc.program import Program, place_states
-from pockc.recipe import BatchNorm, FrozenDtype, PrefixDtype, Recipe, StateDtype
+from pockc.recipe import BatchNorm, FrozenDtype, PrefixDtype, Recipe, SavedDtype, StateDtype
 from pockc.scheme import Channels, Scheme, detect_family, resolve
 from pockc.targets import devices
 from pockc.targets.native import NATIVE, workspace_of
@@ -52,6 +52,7 @@ def build(
     frozen_dtype: FrozenDtype = "f32",
     prefix_dtype: PrefixDtype = "f32",
     calibration: Calibration = None,
+    saved_dtype: SavedDtype = "f32",
     entries: Collection[str] = ENTRIES,
 ) -> Program:
     """Compile one training step of a PyTorch model.
@@ -81,6 +82,8 @@ def build(
             the same in every entry.
         calibration: what ``int8`` activations have to cover, as samples: an array per input, samples along the first
             axis, of which tens to hundreds do; or ``example`` for the example inputs.
+        saved_dtype: how activations wait for the backward pass: ``f32``, or ``int8``, a byte each and a scale for every
+            128. Losses are those of the parameters, to the last bit; gradients become approximate.
         entries: what the program can do: ``train_step``, which is always there, ``eval_step`` and ``infer``. The arena
             has room for the largest of them.
 
@@ -93,6 +96,8 @@ def build(
     """
     optimizer = optimizer or AdamW()
     _check_options(loss, batchnorm, accumulation, frozen_dtype)
+    if saved_dtype not in get_args(SavedDtype):
+        raise UserError(f"saved_dtype is {saved_dtype!r}", supported=", ".join(get_args(SavedDtype)))
     _check_prefix(prefix_dtype, calibration, batchnorm)
     _check_state_dtype(state_dtype, optimizer)
     _check_entries(entries)
@@ -115,6 +120,7 @@ def build(
         frozen_dtype=frozen_dtype,
         prefix_dtype=prefix_dtype,
         calibration=calibration,
+        saved_dtype=saved_dtype,
         entries=tuple(entries),
     )
     try:
@@ -143,6 +149,7 @@ class Options:
     frozen_dtype: FrozenDtype
     prefix_dtype: PrefixDtype
     calibration: Calibration
+    saved_dtype: SavedDtype
     entries: tuple[str, ...]
 
 
@@ -179,6 +186,7 @@ def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
         accumulation=options.accumulation,
         state_dtype=options.state_dtype,
         frozen_dtype=options.frozen_dtype,
+        saved_dtype=options.saved_dtype,
         threads=target.threads,
         workspace=workspace_of(target.threads),
         micro_batch=options.micro_batch,
@@ -208,6 +216,7 @@ def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
         "batchnorm": batchnorm,
         "frozen_dtype": options.frozen_dtype,
         "prefix_dtype": options.prefix_dtype,
+        "saved_dtype": options.saved_dtype,
         "device": target.name,
         "aliases": dict(imported.aliases),
         "trained": [name for name in recipe.trained if name not in without_gradient],

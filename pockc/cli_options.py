@@ -63,6 +63,7 @@ class Choices:
     calibrate: Annotated[
         str | None, typer.Option(help="Samples that int8 activations shall cover: an .npz file, or `example`.")
     ] = None
+    saved_dtype: Annotated[str, typer.Option(help="How activations wait for the backward pass: f32, or int8.")] = "f32"
     entries: Annotated[str, typer.Option(help="What the program can do; train_step is needed.")] = (
         "train_step,eval_step,infer"
     )
@@ -108,6 +109,7 @@ class Choices:
             "frozen_dtype": self.frozen_dtype,
             "prefix_dtype": self.prefix_dtype,
             "calibration": self.calibration(),
+            "saved_dtype": self.saved_dtype,
             "entries": tuple(name.strip() for name in self.entries.split(",")),
             "memory_budget": parse_size(self.memory_budget) if self.memory_budget else None,
             "micro_batch": self.micro_batch,

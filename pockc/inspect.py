@@ -155,6 +155,8 @@ def _facts(metadata: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         yield "large frozen weights", str(metadata["frozen_dtype"])
     if metadata.get("prefix_dtype", "f32") != "f32":
         yield "frozen prefix", str(metadata["prefix_dtype"])
+    if metadata.get("saved_dtype", "f32") != "f32":
+        yield "saved activations", str(metadata["saved_dtype"])
     yield "device", str(metadata.get("device", ""))
     yield from _memory_facts(metadata)
     if metadata.get("without_gradient"):

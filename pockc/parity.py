@@ -91,8 +91,8 @@ def verify_against_torch(
 
     The batches are the example inputs with their rows shuffled and, where they are real-valued, with noise; labels of a
     named loss are random. Model, loss, optimizer, scheme and batchnorm are those of `pockc.build`, and so are
-    ``memory_options``: ``memory_budget``, ``micro_batch``, which change no result beyond rounding, and ``state_dtype``
-    and ``prefix_dtype``, which do: PyTorch keeps to float32, and the comparison shows what ``int8`` costs.
+    ``memory_options``: ``memory_budget``, ``micro_batch``, which change no result beyond rounding, and ``state_dtype``,
+    ``prefix_dtype`` and ``saved_dtype``, which do: PyTorch keeps to float32, and the comparison shows the cost of int8.
     ``with_noise`` also trains PyTorch in float64, and fills in `Parity.noise`. With a compact ``frozen_dtype`` PyTorch
     gets the frozen weights that the program's kernels see: `decoded_weights`.
 

@@ -15,6 +15,7 @@ from pockc.passes import (
     attach_loss,
     attach_optimizer,
     canonicalize,
+    compress_saved,
     cse,
     dce,
     differentiate,
@@ -97,6 +98,7 @@ LOWER: tuple[Pass, ...] = (
     Pass("fuse", fuse.run, "lowered", optional=True),  # after differentiation: gradients read unfused nodes
     Pass("duplicate", duplicate.run, "lowered", optional=True),  # before the order is chosen
     Pass("tile-vocabulary", tile_vocabulary.run, "lowered", optional=True),  # gradients and updates are final by now
+    Pass("compress-saved", compress_saved.run, "lowered"),  # before what is saved is weighed
     Pass("fit-memory", fit_memory.run, "lowered", optional=True),  # after cse, which would undo it
     Pass("split-backward", split_backward.run, "lowered", optional=True),  # before what is fitted below the rest
     Pass("tile-updates", tile_updates.run, "lowered", optional=True),  # as is what follows
