@@ -19,12 +19,13 @@ from pockc.optim import AdamW, Optimizer
 from pockc.passes import memory
 from pockc.passes.channel_chains import tiles_of
 from pockc.passes.lifetimes import update_chains
-from pockc.pipeline import ACCUMULATE, COMMON, EVAL, INFER, LOWER, TOGETHER, TRAIN, Manager, Pass
+from pockc.pipeline import ACCUMULATE, COMMON, EVAL, INFER, LOWERINGS, TOGETHER, TRAIN, Manager, Pass
 from pockc.program import Program, place_states
 from pockc.recipe import BatchNorm, FrozenDtype, Recipe, StateDtype
 from pockc.scheme import Channels, Scheme, detect_family, resolve
 from pockc.targets import devices
-from pockc.targets.native import NATIVE, workspace_of
+from pockc.targets import find as find_target
+from pockc.targets.native import workspace_of
 
 Inputs = Mapping[str, Any] | tuple[Any, ...]
 ENTRIES = ("train_step", "eval_step", "infer")
@@ -49,6 +50,7 @@ def build(
     compare_full: bool = False,
     frozen_dtype: FrozenDtype = "f32",
     entries: Collection[str] = ENTRIES,
+    target: str = "native",
 ) -> Program:
     """Compile one training step of a PyTorch model.
 
@@ -75,6 +77,8 @@ def build(
             channel) or ``int4`` (a scale per 32 elements). Kernels decode them; what is trained stays float32.
         entries: what the program can do: ``train_step``, which is always there, ``eval_step`` and ``infer``. The arena
             has room for the largest of them.
+        target: ``native``, or ``onnxruntime``: ONNX models of the same steps, which plain ONNX Runtime runs. It plans
+            its own memory, so that ``memory_budget``, ``micro_batch`` and compact dtypes do not apply.
 
     Returns:
         The program: ``save`` it, look at ``memory`` and ``text("train_step")``.
@@ -87,6 +91,7 @@ def build(
     _check_options(loss, batchnorm, accumulation, frozen_dtype)
     _check_state_dtype(state_dtype, optimizer)
     _check_entries(entries)
+    _check_target(target, memory_budget, micro_batch, state_dtype, frozen_dtype)
     if memory_budget is not None and memory_budget <= 0:
         raise UserError(f"the memory budget is {memory_budget} bytes; it must be above 0")
     options = Options(
@@ -105,6 +110,7 @@ def build(
         compare_full=compare_full,
         frozen_dtype=frozen_dtype,
         entries=tuple(entries),
+        target=target,
     )
     try:
         return _build(model, example_inputs, options)
@@ -131,6 +137,7 @@ class Options:
     compare_full: bool
     frozen_dtype: FrozenDtype
     entries: tuple[str, ...]
+    target: str
 
 
 def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
@@ -138,7 +145,7 @@ def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
 
     started = time.perf_counter()
     loss, batchnorm = options.loss, options.batchnorm
-    target = devices.find(options.device)
+    device = devices.find(options.device)
     imported = trace(model, example_inputs, loss=loss, batchnorm=batchnorm)
     needs_eval_graph = bool(getattr(model, "training", False)) or batchnorm == "train"
     evaluated = (
@@ -166,15 +173,16 @@ def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
         accumulation=options.accumulation,
         state_dtype=options.state_dtype,
         frozen_dtype=options.frozen_dtype,
-        threads=target.threads,
-        workspace=workspace_of(target.threads),
+        threads=device.threads,
+        workspace=workspace_of(device.threads),
         micro_batch=options.micro_batch,
         updated_buffers=frozenset(state.name for state in imported.graph.updates),
         disabled=options.disabled,
     )
 
     def planned(recipe: Recipe) -> Program:
-        return _plan(recipe, imported.graph, evaluated.graph if evaluated else None, options.seed, options.entries)
+        make = _plan if options.target == "native" else partial(_lower, options.target)
+        return make(recipe, imported.graph, evaluated.graph if evaluated else None, options.seed, options.entries)
 
     budget = options.memory_budget
     program = planned(recipe) if budget is None else within(budget, recipe, planned)
@@ -189,7 +197,8 @@ def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
         "state_dtype": options.state_dtype,
         "batchnorm": batchnorm,
         "frozen_dtype": options.frozen_dtype,
-        "device": target.name,
+        "target": options.target,
+        "device": device.name,
         "aliases": dict(imported.aliases),
         "trained": [name for name in recipe.trained if name not in without_gradient],
         "trained_elements": _trained_elements(program.entries["train_step"]),
@@ -198,7 +207,7 @@ def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
         **program.metadata,
         "build_seconds": round(time.perf_counter() - started, 3),
     }
-    if options.compare_full:
+    if options.compare_full and options.target == "native":
         full = replace(recipe, trained=resolved("full"), decisions={})
         memory_of_full = program if full.trained == recipe.trained and budget is None else planned(full)
         metadata["full_memory"] = memory_of_full.memory.totals()
@@ -232,14 +241,12 @@ def _mapped(example_inputs: Inputs, function: Callable[..., Any]) -> Inputs:
 
 def _plan(recipe: Recipe, train_graph: Graph, eval_graph: Graph | None, seed: int, wanted: Collection[str]) -> Program:
     """A program from training and evaluation graph, whose metadata says what the passes did."""
-    manager = Manager(recipe, NATIVE.supports)
-    entries, without_gradient = _entries(manager, train_graph, eval_graph, seed, wanted)
+    manager = Manager(recipe, find_target("native").supports)
+    entries, without_gradient = _entries("native", manager, train_graph, eval_graph, seed, wanted)
+    entries = manager.run_together(TOGETHER, entries)
     placements = {name: memory.run(graph, recipe.workspace) for name, graph in entries.items()}
     state_offset, state_bytes = place_states(entries)
     transient = max(placement.nbytes for placement in placements.values())
-    timings = [
-        {"entry": entry, "pass": name, "ms": round(ms, 3), "nodes": nodes} for entry, name, ms, nodes in manager.timings
-    ]
     return Program(
         entries=entries,
         placements=placements,
@@ -248,8 +255,45 @@ def _plan(recipe: Recipe, train_graph: Graph, eval_graph: Graph | None, seed: in
         arena_bytes=state_bytes + transient,
         max_threads=recipe.threads,
         accumulation=recipe.accumulation,
-        metadata={"without_gradient": sorted(without_gradient), "memory_plan": recipe.decisions, "passes": timings},
+        metadata={
+            "without_gradient": sorted(without_gradient),
+            "memory_plan": recipe.decisions,
+            "passes": _timings(manager),
+        },
     )
+
+
+def _lower(
+    target: str,
+    recipe: Recipe,
+    train_graph: Graph,
+    eval_graph: Graph | None,
+    seed: int,
+    wanted: Collection[str],
+) -> Program:
+    """As `_plan`, for a target that places nothing but the states here."""
+    backend = find_target(target)
+    manager = Manager(recipe, backend.supports)
+    entries, without_gradient = _entries(target, manager, train_graph, eval_graph, seed, wanted)
+    state_offset, state_bytes = place_states(entries)
+    return Program(
+        entries={name: backend.lower(graph) for name, graph in entries.items()},
+        placements={},
+        state_offset=state_offset,
+        state_bytes=state_bytes,
+        arena_bytes=state_bytes,
+        max_threads=recipe.threads,
+        accumulation=recipe.accumulation,
+        metadata={"without_gradient": sorted(without_gradient), "passes": _timings(manager)},
+        target=target,
+    )
+
+
+def _timings(manager: Manager) -> list[dict[str, Any]]:
+    """What `pockc build` and `inspect` show of the passes."""
+    return [
+        {"entry": entry, "pass": name, "ms": round(ms, 3), "nodes": nodes} for entry, name, ms, nodes in manager.timings
+    ]
 
 
 def _persistent_buffers(model: Any, parameters: Mapping[str, Any], aliases: Mapping[str, str]) -> list[str]:
@@ -280,6 +324,28 @@ def _check_state_dtype(state_dtype: str, optimizer: Optimizer) -> None:
         )
 
 
+def _check_target(
+    target: str, memory_budget: int | None, micro_batch: int, state_dtype: str, frozen_dtype: str
+) -> None:
+    """Raise UserError for a target that is unknown, or options that it does not have."""
+    if target not in LOWERINGS:
+        hint = near_names(target, LOWERINGS)
+        raise UserError(f"there is no target {target!r} to build for", supported=", ".join(LOWERINGS), instead=hint)
+    if target == "native":
+        return
+    given = {
+        "memory_budget": memory_budget is not None,
+        "micro_batch": micro_batch > 0,
+        "state_dtype": state_dtype != "f32",
+        "frozen_dtype": frozen_dtype != "f32",
+    }
+    if unused := next((name for name, is_given in given.items() if is_given), None):
+        raise UserError(
+            f"the target {target} has no {unused}: it plans its own memory, and computes in float32",
+            instead=f"Leave {unused} out, or build for the target native.",
+        )
+
+
 def _check_entries(entries: Collection[str]) -> None:
     supported = ", ".join(ENTRIES)
     if isinstance(entries, str):
@@ -302,20 +368,21 @@ def _batchnorm_scales(modules: Mapping[str, str]) -> frozenset[str]:
 
 
 def _entries(
-    manager: Manager, train_graph: Graph, eval_graph: Graph | None, seed: int, wanted: Collection[str]
+    target: str, manager: Manager, train_graph: Graph, eval_graph: Graph | None, seed: int, wanted: Collection[str]
 ) -> tuple[dict[str, Graph], set[str]]:
-    """The wanted entry graphs, scheduled, and the trained parameters that no gradient reaches."""
+    """The wanted entry graphs, lowered for the target, and the trained parameters that no gradient reaches."""
     common = manager.run("common", COMMON, _seeded(train_graph, seed))
     quiet = manager.run("common-eval", COMMON, eval_graph) if eval_graph is not None else common
     has_loss = manager.recipe.loss is not None
 
     def entry(name: str, passes: tuple[Pass, ...], graph: Graph) -> Graph:
-        return manager.run(name, (*passes, *LOWER), graph)
+        return manager.run(name, (*passes, *LOWERINGS[target]), graph)
 
     entries = {"train_step": entry("train_step", TRAIN, common)}
-    planned = memory.run(entries["train_step"], manager.recipe.workspace).nbytes
-    tiles = tiles_of(entries["train_step"])
-    manager.recipe = replace(manager.recipe, sufficient=planned, tiles=tiles)
+    if target == "native":
+        planned = memory.run(entries["train_step"], manager.recipe.workspace).nbytes
+        tiles = tiles_of(entries["train_step"])
+        manager.recipe = replace(manager.recipe, sufficient=planned, tiles=tiles)
     if manager.recipe.accumulation > 1:
         entries["accumulate"] = entry("accumulate", ACCUMULATE, common)
     if "eval_step" in wanted:
@@ -324,7 +391,7 @@ def _entries(
     if predictions and "infer" in wanted:
         entries["infer"] = entry("infer", INFER, _only(_without_updates(quiet), predictions))
     updated = {state.name for state in entries["train_step"].updates}
-    return manager.run_together(TOGETHER, entries), {name for name in manager.recipe.trained if name not in updated}
+    return entries, {name for name in manager.recipe.trained if name not in updated}
 
 
 def _seeded(graph: Graph, seed: int) -> Graph:
