@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 
@@ -14,6 +14,15 @@ from pockc.errors import UserError, near_names
 from pockc.ir import Array
 
 LEARNING_RATE = "pockc.learning_rate"
+
+
+class Memory(NamedTuple):
+    """Bytes that a session takes: see ``pk_memory`` in runtime.h."""
+
+    arena_bytes: int
+    state_bytes: int
+    mapped_bytes: int
+    used_peak_bytes: int
 
 
 class TensorType(Protocol):
@@ -131,6 +140,11 @@ class BaseSession(ABC):
         Raises:
             UserError: the file is corrupt or of another program; the session is then unchanged.
         """
+
+    @property
+    @abstractmethod
+    def memory(self) -> Memory:
+        """What is allocated and used so far, in bytes."""
 
     # --- Lifetime -----------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -15,17 +15,9 @@ from pockc import abi
 from pockc.artifact import read
 from pockc.base_session import LEARNING_RATE as LEARNING_RATE
 from pockc.base_session import BaseSession, Types
+from pockc.base_session import Memory as Memory
 from pockc.errors import UserError
 from pockc.ir import Array
-
-
-class Memory(NamedTuple):
-    """Bytes that a session takes: see ``pk_memory`` in runtime.h."""
-
-    arena_bytes: int
-    state_bytes: int
-    mapped_bytes: int
-    used_peak_bytes: int
 
 
 class Session(BaseSession):

@@ -16,12 +16,13 @@ import numpy as np
 import onnxruntime
 
 from pockc.artifact import Artifact, Entry, Tensor, read
-from pockc.base_session import BaseSession, Types
+from pockc.base_session import BaseSession, Memory, Types
 from pockc.checkpoint import read_position, write_checkpoint
 from pockc.errors import UserError
 from pockc.ir import Array
 from pockc.passes.memory import ALIGNMENT
 from pockc.targets.onnxruntime.container import OP
+from pockc.timeline import mapped_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +148,12 @@ class ModelSession(BaseSession):
             self._place(state.tensor)[...] = tensors[state.name]
         self._micro_step = int(metadata.get("micro_step", "0"))
         return json.loads(metadata.get("cursor", "null"))
+
+    @property
+    def memory(self) -> Memory:
+        """States, inputs and outputs alone: what ONNX Runtime allocates beside them only it knows."""
+        arena, artifact = len(self._arena), self._open()
+        return Memory(arena, artifact.state_bytes, mapped_bytes(artifact), arena)
 
     # --- Lifetime -----------------------------------------------------------------------------------------------------
 
