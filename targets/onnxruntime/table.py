@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from pockc.targets.onnxruntime import attention, conv, elementwise, linear, loss, masks, norm, optimizer, pool, reduce, shape
+from pockc.targets.onnxruntime import (
+    attention,
+    conv,
+    dropout,
+    elementwise,
+    linear,
+    loss,
+    masks,
+    norm,
+    optimizer,
+    pool,
+    reduce,
+    shape,
+)
 from pockc.targets.onnxruntime.emitter import Lowering
 
 LOWERINGS: dict[str, Lowering] = {
     **elementwise.OPS,
     **masks.OPS,
+    **dropout.OPS,
     **reduce.OPS,
     **shape.OPS,
     **linear.OPS,
