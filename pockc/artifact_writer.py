@@ -152,6 +152,7 @@ class Tables:
         return "".join(lines).encode()
 
     def program_section(self) -> bytes:
+        """The PROGRAM section, whose tables it fills."""
         program = self.program
         states = _list(self._state(value, state) for value, state in self.states.values())
         entries = _list(self.entry(name, graph) for name, graph in program.entries.items())

@@ -12,9 +12,9 @@ import numpy as np
 from rich.progress import Progress
 
 from pockc.artifact import Entry, read
+from pockc.base_session import BaseSession
 from pockc.errors import UserError
 from pockc.ir import NUMPY_DTYPES, Array
-from pockc.base_session import BaseSession
 from pockc.session import Memory, open_session
 from pockc.timeline import mapped_bytes
 

@@ -31,7 +31,7 @@ def read_checkpoint(path: str | Path, program: Artifact) -> dict[str, Array]:
 
 
 def read_position(path: str | Path, program: Artifact) -> tuple[dict[str, Array], dict[str, str]]:
-    """As `read_checkpoint`, with the file's metadata: ``micro_step`` and ``cursor`` tell where in a run it was saved."""
+    """As `read_checkpoint`, with the metadata: ``micro_step`` and ``cursor`` tell where in a run it was saved."""
     content = _file_bytes(path)
     tensors = _parse(path, content)
     metadata = _metadata(path)

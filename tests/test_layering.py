@@ -19,8 +19,14 @@ LAYERS = (
     ("pockc.optim", "pockc.losses", "pockc.scheme", "pockc.recipe"),
     ("pockc.frontend", "pockc.passes"),
     (
-        "pockc.abi", "pockc.program", "pockc.memory_report", "pockc.artifact", "pockc.artifact_writer",
-        "pockc.base_session", "pockc.checkpoint", "pockc.timeline",
+        "pockc.abi",
+        "pockc.program",
+        "pockc.memory_report",
+        "pockc.artifact",
+        "pockc.artifact_writer",
+        "pockc.base_session",
+        "pockc.checkpoint",
+        "pockc.timeline",
     ),
     ("pockc.targets",),
 )

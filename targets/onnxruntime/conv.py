@@ -110,7 +110,7 @@ def _flipped(e: Emitter, w: Value, groups: int) -> str:
     return e("Slice", kernel, *ends, e.ints(2, 3), e.ints(-1, -1))
 
 
-def transposed_convolution(e: Emitter, ct: str, weight: str, found: Pair, size: Pair, window: Window) -> str:
+def transposed_convolution(e: Emitter, ct: str, weight: str, found: tuple[int, ...], size: Pair, window: Window) -> str:
     """The gradient of the input for any window: ``found`` is the size of ct, ``size`` that of the result."""
     top, bottom, left, right = window.padding
     covered = [
@@ -198,7 +198,7 @@ def _depthwise(e: Emitter, x: Value, ct: Value, window: Window) -> str:
 # dilations theirs. Where the stride leaves rows over at the end, the result is larger than the kernel.
 def _grouped(e: Emitter, x: Value, ct: Value, window: Window) -> str:
     groups, (batch, *size, channels) = window.groups, x.type.shape
-    height, width, filters = ct.type.shape[1:]
+    height, width = ct.type.shape[1:3]
     own = channels // groups
     grouped = e.reshaped(e.read(x, CHANNELS_FIRST), (batch, groups, own, *size))
     samples = e.reshaped(e("Transpose", grouped, perm=(2, 1, 0, 3, 4)), (own, groups * batch, *size))

@@ -46,7 +46,7 @@ class Emitter:
     orders: dict[Value, dict[Permutation, str]] = field(default_factory=dict)
     later: dict[Value, Callable[[], str]] = field(default_factory=dict)
     notes: dict[Any, Any] = field(default_factory=dict)
-    origin: Origin = Origin()
+    origin: Origin = field(default_factory=Origin)
     _taken: dict[str, int] = field(default_factory=dict)
     _shared: dict[tuple[bytes, str, tuple[int, ...]], str] = field(default_factory=dict)
 

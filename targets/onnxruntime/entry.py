@@ -29,8 +29,10 @@ class Argument:
 
 @dataclass(frozen=True, slots=True)
 class OnnxEntry:
-    """``states`` follow the inputs, ``updates`` follow the outputs. ``in_place`` names states whose new value may be
-    written over the old one, because everything that reads the old one comes before.
+    """An entry: ``states`` follow the inputs, ``updates`` follow the outputs.
+
+    ``in_place`` names the states whose new value may be written over the old one, because everything that reads the old
+    one comes before.
     """
 
     name: str
@@ -145,9 +147,7 @@ def _live(nodes: list[OnnxNode], wanted: set[str]) -> list[OnnxNode]:
     return found[::-1]
 
 
-def _in_place(
-    nodes: list[OnnxNode], states: Iterable[Argument], updates: Iterable[Argument]
-) -> frozenset[str]:
+def _in_place(nodes: list[OnnxNode], states: Iterable[Argument], updates: Iterable[Argument]) -> frozenset[str]:
     """The states whose new value no reader of the old one can come after, in whatever order the nodes run.
 
     ONNX Runtime orders nodes as it likes, as long as operands come first. So every node that reads a state, itself or

@@ -41,7 +41,7 @@ class _Step:
         return self.e.read(self.g, self.order)
 
     def part(self, state: Value) -> str:
-        """The elements of the parameter or of a slot that the gradient is for. Slots of indexed updates have no others."""
+        """The elements of a parameter or slot that the gradient is for; slots of indexed updates have no others."""
         tensor = self.e.read(state, self.order)
         if self.start >= 0:
             stop = self.start + self.g.type.shape[0]
@@ -126,7 +126,8 @@ def _from_second(e: Emitter, count: Value, first: float, later: float) -> str:
     return e("Where", is_first, e.constant(first), e.constant(later))
 
 
-# With c = sqrt(1 - beta2^t): rate / (1 - beta1^t) m / (sqrt(v) / c + eps) = [rate c / (1 - beta1^t)] m / (sqrt(v) + c eps).
+# With c = sqrt(1 - beta2^t):
+# rate / (1 - beta1^t) m / (sqrt(v) / c + eps) = [rate c / (1 - beta1^t)] m / (sqrt(v) + c eps).
 def _adam(e: Emitter, node: Node) -> None:
     step = _Step(e, node, 2)
     rate, count = step.scalars
@@ -148,9 +149,7 @@ def _adam(e: Emitter, node: Node) -> None:
     step.write(2, squares)
 
 
-def _adam_scalars(
-    e: Emitter, rate: Value, count: Value, beta1: float, beta2: float, epsilon: float
-) -> tuple[str, str]:
+def _adam_scalars(e: Emitter, rate: Value, count: Value, beta1: float, beta2: float, epsilon: float) -> tuple[str, str]:
     """What the direction is multiplied by, and what is added to the root."""
     steps = e("Cast", e.read(count), to=_F64)
 

@@ -18,7 +18,6 @@ load_families()
 onnxruntime.set_default_logger_severity(3)
 
 
-
 def entry_of(op: str, samples: list[list[Array]], *, frozen: bool = False) -> OnnxEntry:
     """The op once for each of its samples; with ``frozen`` all operands but the first are constants."""
     builder = Builder()

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
-from benchmarks import verify_zoo, zoo
+from benchmarks import verify_zoo
 from pockc.build import build
 from pockc.errors import UserError
 from pockc.optim import SGD, AdamW, Lion, Optimizer, Schedule
@@ -154,7 +154,7 @@ def test_options_that_the_target_lacks_are_refused() -> None:
     for options in ({"memory_budget": 1 << 30}, {"micro_batch": 1}, {"state_dtype": "int8"}, {"frozen_dtype": "int8"}):
         with pytest.raises(UserError, match=f"the target onnxruntime has no {next(iter(options))}"):
             build(mobile_net(), examples(), target="onnxruntime", **options)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="there is no target 'onnx' to build for. Supported: native, onnxruntime"):
+    with pytest.raises(UserError, match=r"there is no target 'onnx' to build for. Supported: native, onnxruntime"):
         build(mobile_net(), examples(), target="onnx")
 
 
