@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from pockc.artifact import read
 from pockc.artifact_writer import Tables, entry_row, write_tables
 from pockc.errors import UserError
 from pockc.ir import Array, Graph, State, Value
@@ -21,6 +22,7 @@ from pockc.targets.onnxruntime.entry import Argument, OnnxEntry, make_entry, sto
 
 OP = "onnxruntime"  # of the call; its one attribute is the position of the entry in `ENTRIES`
 ENTRIES = ("train_step", "accumulate", "eval_step", "infer")
+HASH = "pockc.model_hash"  # the property of a model that tells its .pock from others
 SMALLEST_EXTERNAL = 1024  # bytes of an initializer that does not go into the model itself
 
 
@@ -39,13 +41,15 @@ def write_models(program: Program, path: Path) -> list[Path]:
     entries = {name: make_entry(name, graph, program.state_offset) for name, graph in program.entries.items()}
     tables = ModelTables(program, entries)
     start = write_tables(tables, path, {**program.metadata, "target": program.target})
+    model_hash = read(path).model_hash
 
     def offset_of(array: Array) -> int | None:
         return None if array.nbytes < SMALLEST_EXTERNAL else start + tables.data.add(array)
 
     files = [path]
     for name, entry in entries.items():
-        model = make_model(entry, properties(program, entry), path.name, offset_of)
+        described = {**properties(program, entry), HASH: model_hash}
+        model = make_model(entry, described, path.name, offset_of)
         write_model(model, file := path.parent / f"{name}.onnx")
         files.append(file)
     return files

@@ -21,7 +21,7 @@ from pockc.checkpoint import read_position, write_checkpoint
 from pockc.errors import UserError
 from pockc.ir import Array
 from pockc.passes.memory import ALIGNMENT
-from pockc.targets.onnxruntime.container import OP
+from pockc.targets.onnxruntime.container import HASH, OP
 from pockc.timeline import mapped_bytes
 
 
@@ -100,6 +100,10 @@ class ModelSession(BaseSession):
         call, *copies = entry.calls
         if call.op != OP or any(copy.op != "copy" for copy in copies):
             raise UserError(f"{self.path} is not a program for ONNX Runtime", instead="Open it with pockc.Session.")
+        if session.get_modelmeta().custom_metadata_map.get(HASH) != self._open().model_hash:
+            raise UserError(
+                f"{file} and {self.path} are not of one build", instead="Copy all files of a build together."
+            )
         binding = session.io_binding()
         for argument, tensor in zip(session.get_inputs(), call.inputs, strict=True):
             binding.bind_input(argument.name, *self._bound(tensor))

@@ -36,7 +36,8 @@ def run(*words: object, library: Path = LIBRARY) -> subprocess.CompletedProcess[
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("driver")
     saved(folder)
-    np.savez(folder / "train.npz", **batch(0))  # one batch: its order does not matter
+    only = batch(0)
+    np.savez(folder / "train.npz", x=only["x"], labels=only["labels"])  # one batch: its order does not matter
     return folder
 
 

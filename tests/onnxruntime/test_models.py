@@ -141,7 +141,7 @@ def test_evaluation_and_inference_are_those_of_the_native_target(tmp_path: Path)
         (folder := tmp_path / target).mkdir()
         with open_session(saved(folder, target)) as session:
             evaluated = session.eval_step(**batch(0))
-            found.append((*evaluated.values(), session.infer(x=batch(0)["x"])))
+            found.append((*evaluated.values(), *session.run("infer", x=batch(0)["x"]).values()))
 
     for ours, native in zip(found[1], found[0], strict=True):
         np.testing.assert_allclose(ours, native, rtol=1e-4, atol=1e-6)
@@ -153,7 +153,7 @@ def test_evaluation_and_inference_are_those_of_the_native_target(tmp_path: Path)
 def test_options_that_the_target_lacks_are_refused() -> None:
     for options in ({"memory_budget": 1 << 30}, {"micro_batch": 1}, {"state_dtype": "int8"}, {"frozen_dtype": "int8"}):
         with pytest.raises(UserError, match=f"the target onnxruntime has no {next(iter(options))}"):
-            build(mobile_net(), examples(), target="onnxruntime", **options)  # type: ignore[arg-type]
+            build(mobile_net(), examples(), target="onnxruntime", **options)
     with pytest.raises(UserError, match=r"there is no target 'onnx' to build for. Supported: native, onnxruntime"):
         build(mobile_net(), examples(), target="onnx")
 

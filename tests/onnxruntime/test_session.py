@@ -98,6 +98,13 @@ def test_a_checkpoint_of_another_program_changes_nothing(file: Path, tmp_path: P
         np.testing.assert_array_equal(session.state("head.weight"), before)
 
 
+def test_models_of_another_build_are_refused(file: Path, tmp_path: Path) -> None:
+    other = saved(tmp_path, scheme="bias-only")
+    (tmp_path / "infer.onnx").write_bytes((file.parent / "infer.onnx").read_bytes())
+    with open_session(other) as session, pytest.raises(UserError, match="are not of one build"):
+        session.infer(x=batch(0)["x"])
+
+
 # --- Updates in place -------------------------------------------------------------------------------------------------
 
 
