@@ -25,7 +25,7 @@ test test-python test-page update-golden: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup runtime asan data lint test test-cpp test-python test-page demo verify-zoo bench-memory bench-ablate sweep update-golden clean distclean
+.PHONY: help setup runtime asan data lint test test-cpp test-python test-page demo verify-zoo verify-onnx bench-memory bench-ablate sweep update-golden clean distclean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -42,7 +42,7 @@ $(BIN)/python:
 # The package is installed again when the runtime changes: that rebuilds the native library.
 $(SETUP_STAMP): pyproject.toml $(filter-out runtime/test/%,$(RUNTIME_SOURCES)) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet "torch==2.13.0"
-	$(BIN)/python -m pip install --quiet --editable ".[torch,bench,dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[torch,bench,onnxruntime,dev]"
 	@touch $@
 
 runtime: setup asan ## Build the native runtime, and again under ASan and UBSan in build/asan
@@ -84,6 +84,9 @@ demo: data ## Fine-tune a real model on real data with four schemes, and compare
 
 verify-zoo: data ## Compare every zoo model and scheme with PyTorch, step by step
 	$(BIN)/python -m benchmarks.verify_zoo
+
+verify-onnx: setup ## Compare models for ONNX Runtime with PyTorch: trajectories, and CPU time of a step
+	$(BIN)/python -m benchmarks.verify_onnx
 
 # Everything that is measured is made from random weights: no data is needed.
 bench-memory: setup ## Compare the memory of training with PyTorch's: tables, JSON, a picture

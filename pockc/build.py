@@ -20,12 +20,13 @@ from pockc.optim import AdamW, Optimizer
 from pockc.passes import memory
 from pockc.passes.channel_chains import tiles_of
 from pockc.passes.lifetimes import update_chains
-from pockc.pipeline import ACCUMULATE, COMMON, EVAL, INFER, LOWER, TOGETHER, TRAIN, Manager, Pass
+from pockc.pipeline import ACCUMULATE, COMMON, EVAL, INFER, LOWERINGS, TOGETHER, TRAIN, Manager, Pass
 from pockc.program import Program, place_states
 from pockc.recipe import BatchNorm, FrozenDtype, PrefixDtype, Recipe, SavedDtype, StateDtype
 from pockc.scheme import Channels, Scheme, detect_family, resolve
 from pockc.targets import devices
-from pockc.targets.native import NATIVE, workspace_of
+from pockc.targets import find as find_target
+from pockc.targets.native import workspace_of
 
 Inputs = Mapping[str, Any] | tuple[Any, ...]
 Calibration = Mapping[str, Any] | Literal["example"] | None
@@ -54,6 +55,7 @@ def build(
     calibration: Calibration = None,
     saved_dtype: SavedDtype = "f32",
     entries: Collection[str] = ENTRIES,
+    target: str = "native",
 ) -> Program:
     """Compile one training step of a PyTorch model.
 
@@ -86,6 +88,8 @@ def build(
             128. Losses are those of the parameters, to the last bit; gradients become approximate.
         entries: what the program can do: ``train_step``, which is always there, ``eval_step`` and ``infer``. The arena
             has room for the largest of them.
+        target: ``native``, or ``onnxruntime``: ONNX models of the same steps, which plain ONNX Runtime runs. It plans
+            its own memory, so that ``memory_budget``, ``micro_batch`` and compact dtypes do not apply.
 
     Returns:
         The program: ``save`` it, look at ``memory`` and ``text("train_step")``.
@@ -122,7 +126,9 @@ def build(
         calibration=calibration,
         saved_dtype=saved_dtype,
         entries=tuple(entries),
+        target=target,
     )
+    _check_target(options)
     try:
         return _build(model, example_inputs, options)
     except BudgetError as error:
@@ -151,6 +157,7 @@ class Options:
     calibration: Calibration
     saved_dtype: SavedDtype
     entries: tuple[str, ...]
+    target: str
 
 
 def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
@@ -158,7 +165,7 @@ def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
 
     started = time.perf_counter()
     loss, batchnorm = options.loss, options.batchnorm
-    target = devices.find(options.device)
+    device = devices.find(options.device)
     imported = trace(model, example_inputs, loss=loss, batchnorm=batchnorm)
     needs_eval_graph = bool(getattr(model, "training", False)) or batchnorm == "train"
     evaluated = (
@@ -187,8 +194,8 @@ def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
         state_dtype=options.state_dtype,
         frozen_dtype=options.frozen_dtype,
         saved_dtype=options.saved_dtype,
-        threads=target.threads,
-        workspace=workspace_of(target.threads),
+        threads=device.threads,
+        workspace=workspace_of(device.threads),
         micro_batch=options.micro_batch,
         updated_buffers=frozenset(state.name for state in imported.graph.updates),
         disabled=options.disabled,
@@ -196,11 +203,12 @@ def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
 
     if options.prefix_dtype == "int8":
         samples = _samples(model, example_inputs, options.calibration)
-        common = Manager(recipe, NATIVE.supports).run("calibrate", COMMON, imported.graph)
+        common = Manager(recipe, find_target(options.target).supports).run("calibrate", COMMON, imported.graph)
         recipe = replace(recipe, prefix_ranges=ranges.measure(common, recipe, samples))
 
     def planned(recipe: Recipe) -> Program:
-        return _plan(recipe, imported.graph, evaluated.graph if evaluated else None, options.seed, options.entries)
+        make = _plan if options.target == "native" else partial(_lower, options.target)
+        return make(recipe, imported.graph, evaluated.graph if evaluated else None, options.seed, options.entries)
 
     budget = options.memory_budget
     program = planned(recipe) if budget is None else within(budget, recipe, planned)
@@ -217,7 +225,8 @@ def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
         "frozen_dtype": options.frozen_dtype,
         "prefix_dtype": options.prefix_dtype,
         "saved_dtype": options.saved_dtype,
-        "device": target.name,
+        "target": options.target,
+        "device": device.name,
         "aliases": dict(imported.aliases),
         "trained": [name for name in recipe.trained if name not in without_gradient],
         "trained_elements": _trained_elements(program.entries["train_step"]),
@@ -226,7 +235,7 @@ def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
         **program.metadata,
         "build_seconds": round(time.perf_counter() - started, 3),
     }
-    if options.compare_full:
+    if options.compare_full and options.target == "native":
         full = replace(recipe, trained=resolved("full"), decisions={})
         memory_of_full = program if full.trained == recipe.trained and budget is None else planned(full)
         metadata["full_memory"] = memory_of_full.memory.totals()
@@ -262,14 +271,12 @@ def _mapped(example_inputs: Inputs, function: Callable[..., Any]) -> Inputs:
 
 def _plan(recipe: Recipe, train_graph: Graph, eval_graph: Graph | None, seed: int, wanted: Collection[str]) -> Program:
     """A program from training and evaluation graph, whose metadata says what the passes did."""
-    manager = Manager(recipe, NATIVE.supports)
-    entries, without_gradient = _entries(manager, train_graph, eval_graph, seed, wanted)
+    manager = Manager(recipe, find_target("native").supports)
+    entries, without_gradient = _entries("native", manager, train_graph, eval_graph, seed, wanted)
+    entries = manager.run_together(TOGETHER, entries)
     placements = {name: memory.run(graph, recipe.workspace) for name, graph in entries.items()}
     state_offset, state_bytes = place_states(entries)
     transient = max(placement.nbytes for placement in placements.values())
-    timings = [
-        {"entry": entry, "pass": name, "ms": round(ms, 3), "nodes": nodes} for entry, name, ms, nodes in manager.timings
-    ]
     return Program(
         entries=entries,
         placements=placements,
@@ -278,8 +285,45 @@ def _plan(recipe: Recipe, train_graph: Graph, eval_graph: Graph | None, seed: in
         arena_bytes=state_bytes + transient,
         max_threads=recipe.threads,
         accumulation=recipe.accumulation,
-        metadata={"without_gradient": sorted(without_gradient), "memory_plan": recipe.decisions, "passes": timings},
+        metadata={
+            "without_gradient": sorted(without_gradient),
+            "memory_plan": recipe.decisions,
+            "passes": _timings(manager),
+        },
     )
+
+
+def _lower(
+    target: str,
+    recipe: Recipe,
+    train_graph: Graph,
+    eval_graph: Graph | None,
+    seed: int,
+    wanted: Collection[str],
+) -> Program:
+    """As `_plan`, for a target that places nothing but the states here."""
+    backend = find_target(target)
+    manager = Manager(recipe, backend.supports)
+    entries, without_gradient = _entries(target, manager, train_graph, eval_graph, seed, wanted)
+    state_offset, state_bytes = place_states(entries)
+    return Program(
+        entries={name: backend.lower(graph) for name, graph in entries.items()},
+        placements={},
+        state_offset=state_offset,
+        state_bytes=state_bytes,
+        arena_bytes=state_bytes,
+        max_threads=recipe.threads,
+        accumulation=recipe.accumulation,
+        metadata={"without_gradient": sorted(without_gradient), "passes": _timings(manager)},
+        target=target,
+    )
+
+
+def _timings(manager: Manager) -> list[dict[str, Any]]:
+    """What `pockc build` and `inspect` show of the passes."""
+    return [
+        {"entry": entry, "pass": name, "ms": round(ms, 3), "nodes": nodes} for entry, name, ms, nodes in manager.timings
+    ]
 
 
 def _persistent_buffers(model: Any, parameters: Mapping[str, Any], aliases: Mapping[str, str]) -> list[str]:
@@ -341,6 +385,29 @@ def _check_state_dtype(state_dtype: str, optimizer: Optimizer) -> None:
         )
 
 
+def _check_target(options: Options) -> None:
+    """Raise UserError for a target that is unknown, or options that it does not have."""
+    target = options.target
+    if target not in LOWERINGS:
+        hint = near_names(target, LOWERINGS)
+        raise UserError(f"there is no target {target!r} to build for", supported=", ".join(LOWERINGS), instead=hint)
+    if target == "native":
+        return
+    given = {
+        "memory_budget": options.memory_budget is not None,
+        "micro_batch": options.micro_batch > 0,
+        "state_dtype": options.state_dtype != "f32",
+        "frozen_dtype": options.frozen_dtype != "f32",
+        "prefix_dtype": options.prefix_dtype != "f32",
+        "saved_dtype": options.saved_dtype != "f32",
+    }
+    if unused := next((name for name, is_given in given.items() if is_given), None):
+        raise UserError(
+            f"the target {target} has no {unused}: it plans its own memory, and computes in float32",
+            instead=f"Leave {unused} out, or build for the target native.",
+        )
+
+
 def _check_entries(entries: Collection[str]) -> None:
     supported = ", ".join(ENTRIES)
     if isinstance(entries, str):
@@ -363,20 +430,21 @@ def _batchnorm_scales(modules: Mapping[str, str]) -> frozenset[str]:
 
 
 def _entries(
-    manager: Manager, train_graph: Graph, eval_graph: Graph | None, seed: int, wanted: Collection[str]
+    target: str, manager: Manager, train_graph: Graph, eval_graph: Graph | None, seed: int, wanted: Collection[str]
 ) -> tuple[dict[str, Graph], set[str]]:
-    """The wanted entry graphs, scheduled, and the trained parameters that no gradient reaches."""
+    """The wanted entry graphs, lowered for the target, and the trained parameters that no gradient reaches."""
     common = manager.run("common", COMMON, _seeded(train_graph, seed))
     quiet = manager.run("common-eval", COMMON, eval_graph) if eval_graph is not None else common
     has_loss = manager.recipe.loss is not None
 
     def entry(name: str, passes: tuple[Pass, ...], graph: Graph) -> Graph:
-        return manager.run(name, (*passes, *LOWER), graph)
+        return manager.run(name, (*passes, *LOWERINGS[target]), graph)
 
     entries = {"train_step": entry("train_step", TRAIN, common)}
-    planned = memory.run(entries["train_step"], manager.recipe.workspace).nbytes
-    tiles = tiles_of(entries["train_step"])
-    manager.recipe = replace(manager.recipe, sufficient=planned, tiles=tiles)
+    if target == "native":
+        planned = memory.run(entries["train_step"], manager.recipe.workspace).nbytes
+        tiles = tiles_of(entries["train_step"])
+        manager.recipe = replace(manager.recipe, sufficient=planned, tiles=tiles)
     if manager.recipe.accumulation > 1:
         entries["accumulate"] = entry("accumulate", ACCUMULATE, common)
     if "eval_step" in wanted:
@@ -385,7 +453,7 @@ def _entries(
     if predictions and "infer" in wanted:
         entries["infer"] = entry("infer", INFER, _only(_without_updates(quiet), predictions))
     updated = {state.name for state in entries["train_step"].updates}
-    return manager.run_together(TOGETHER, entries), {name for name in manager.recipe.trained if name not in updated}
+    return entries, {name for name in manager.recipe.trained if name not in updated}
 
 
 def _seeded(graph: Graph, seed: int) -> Graph:

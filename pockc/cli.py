@@ -18,6 +18,7 @@ from pockc.artifact_writer import write_atomically
 from pockc.cli_options import BUILT_FROM, FUNCTION, Choices, record, with_choices
 from pockc.errors import InternalError, UserError
 from pockc.targets import devices
+from pockc.targets import find as find_target
 
 app = typer.Typer(
     help="Compile PyTorch models into sparse fine-tuning programs that run on small devices without Python.",
@@ -44,26 +45,42 @@ def build(
     device: Device = devices.DEFAULT,
     selftest: Annotated[bool, typer.Option(help="Store inputs and outputs for `pock-run selftest`.")] = True,
     compare_full: Annotated[bool, typer.Option(help="Also plan full backpropagation, to compare memory.")] = True,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for model.pock and pock-run.")] = Path("out"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the program's files.")] = Path("out"),
 ) -> None:
     """Compile a model into a training program."""
     from pockc.build import build as build_program  # the compiler loads what the other commands do without
     from pockc.frontend.torch_parity import named_arrays
-    from pockc.targets.native import copy_runner
 
     board = devices.find(device)
     arguments = choices.arguments()
     program = build_program(**arguments, device=device, compare_full=compare_full)
     metadata = {**program.metadata, BUILT_FROM: record(choices, arguments["scheme"])}
     program = replace(program, metadata=metadata)
-    file = output / "model.pock"
-    examples = named_arrays(arguments["model"], arguments["example_inputs"]) if selftest else None
-    program.save(file, golden=examples)
     console = Console()
     from pockc.inspect import print_summary
 
+    if program.target != "native":
+        files = find_target(program.target).emit(program, output)
+        print_summary(console, metadata)
+        for file in files:
+            _say_written(console, file)
+        return
+    file = output / "model.pock"
+    examples = named_arrays(arguments["model"], arguments["example_inputs"]) if selftest else None
+    program.save(file, golden=examples)
     print_summary(console, {**metadata, "memory": program.memory.as_json()})
+    _say_written(console, file)
+    _copy_runner(console, board, output)
+
+
+def _say_written(console: Console, file: Path) -> None:
     console.print(f"Wrote {file} ({file.stat().st_size / 2**20:.1f} MiB)", soft_wrap=True, highlight=False)
+
+
+def _copy_runner(console: Console, board: devices.Device, output: Path) -> None:
+    """Put `pock-run` beside the program, or say why it is not there."""
+    from pockc.targets.native import copy_runner
+
     try:
         runner = copy_runner(board, output)
     except UserError as error:
@@ -86,6 +103,8 @@ def inspect(
     from pockc.memory_page import write_trace
 
     artifact = read(file)
+    if (html or trace) and (target := artifact.metadata.get("target", "native")) != "native":
+        raise UserError(f"the target {target} plans its own memory", instead="Look at the .onnx files in Netron.")
     if text:
         typer.echo(views.text(artifact, entry))
         return

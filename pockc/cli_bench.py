@@ -64,7 +64,11 @@ def measure(source: Source, console: Console, entry: str, steps: int, threads: i
             file = Path(folder, "model.pock")
             build(**source.arguments()).save(file)
         measurement = bench.measure(file, entry, steps, threads)
+        target = read(file).metadata.get("target", "native")
     print_measurement(console, source.name, measurement)
+    if target != "native":
+        note = f"Note: what {target} allocates for activations and weights is not counted."
+        console.print(Text(note, style="yellow"), soft_wrap=True)
     return {"program": source.name, **measurement.as_json()}
 
 

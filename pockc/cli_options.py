@@ -74,6 +74,10 @@ class Choices:
         int, typer.Option(min=0, help="Samples that run through the step at a time; 0: all, or what a budget needs.")
     ] = 0
 
+    target: Annotated[
+        str, typer.Option(help="native, or onnxruntime: the same steps as ONNX models for plain ONNX Runtime.")
+    ] = "native"
+
     def arguments(self, scheme: Scheme | None = None) -> dict[str, Any]:
         """Keyword arguments that `pockc.build` and `verify_against_torch` have in common.
 
@@ -113,6 +117,7 @@ class Choices:
             "entries": tuple(name.strip() for name in self.entries.split(",")),
             "memory_budget": parse_size(self.memory_budget) if self.memory_budget else None,
             "micro_batch": self.micro_batch,
+            "target": self.target,
         }
 
     def calibration(self) -> Any:

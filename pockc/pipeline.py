@@ -108,6 +108,13 @@ LOWER: tuple[Pass, ...] = (
     Pass("reorder", reorder.run, "lowered", reducible=True),
 )
 
+# For ONNX Runtime, which orders nodes, fuses elementwise chains and plans memory by itself. Unsupported nodes are
+# refused when all passes are done, with the places where they are.
+LOWER_ONNX: tuple[Pass, ...] = (*LOWER[:4], Pass("fuse", fuse.run, optional=True))
+
+# By target.
+LOWERINGS: Mapping[str, tuple[Pass, ...]] = {"native": LOWER, "onnxruntime": LOWER_ONNX}
+
 # Over all entries of a program. Last: what is compact must be agreed between entries that were lowered one by one, and
 # neither order nor plan depends on it.
 TOGETHER: tuple[ProgramPass, ...] = (ProgramPass("quantize-frozen", quantize_frozen.run),)

@@ -116,6 +116,9 @@ struct KernelEntry {
 
 // The ref kernel of an op, or null: such an op does not exist in this build.
 const KernelEntry* find_reference(const char* op);
+// Adds an op that only the program which links this library has: found where the tables have none of its
+// name. One at most, before anything is loaded; `kernel` must outlive every session.
+void add_reference(const KernelEntry* kernel);
 // The best simd kernel of this op that the CPU can run, or null.
 const KernelEntry* find_simd(const char* op);
 // The same from one instruction set ("baseline", "avx2", "avx512", "neon"; null: the best); null when the CPU
