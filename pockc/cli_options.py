@@ -12,11 +12,11 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from pockc.budget import parse_size
 from pockc.cli_model import load_model, make_loss, make_optimizer
 from pockc.errors import UserError
 from pockc.optim import Schedule
 from pockc.scheme import Scheme
+from pockc.sizes import parse_size
 
 BUILT_FROM = "built_from"  # in a program's metadata: the record that `record` makes and `recorded` reads
 FUNCTION = "A function that returns (model, example_inputs), as model.py:make."
