@@ -21,11 +21,11 @@ RUN_CPP_TESTS = $(BIN)/ctest --test-dir $(ASAN_DIR) --output-on-failure --no-tes
 RUN_PYTHON_TESTS = $(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 # One thread per test process: pytest runs as many processes as there are cores.
-test test-python test-page update-golden: export OMP_NUM_THREADS = 1
+test test-python test-page test-cross update-golden: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup runtime asan data lint test test-cpp test-python test-page demo verify-zoo bench-memory bench-ablate sweep update-golden clean distclean
+.PHONY: help setup runtime asan data lint test test-cpp test-python test-page qemu test-cross demo verify-zoo verify-edge bench-memory bench-ablate sweep update-golden clean distclean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -79,11 +79,26 @@ test-page: setup ## Test the memory page in headless Chromium, installed with ap
 	  || apt-get install --yes --no-install-recommends chromium
 	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_memory_page.py
 
+# Only where it is permitted: the tests that need these programs are skipped without them, and say so.
+qemu: ## Install qemu-user, and an ssh server and rsync to test with, by apt-get where that is permitted
+	command -v qemu-aarch64 && command -v rsync && { command -v sshd || test -x /usr/sbin/sshd; } \
+	  || apt-get install --yes --no-install-recommends qemu-user openssh-server rsync \
+	  || { apt-get update && apt-get install --yes --no-install-recommends qemu-user openssh-server rsync; } \
+	  || echo "Cannot install qemu-user, openssh-server and rsync here: what needs them is skipped."
+
+# The first time, zig compiles its C++ library for each architecture: minutes each. All of it is kept in .cache/pockc.
+CROSS ?= aarch64,armv7l,riscv64
+test-cross: setup qemu ## Cross-compile for other processors and test under emulation: CROSS=aarch64 for one of them
+	POCKC_CROSS=$(CROSS) $(BIN)/python -m pytest $(PYTEST_ARGS) tests/cross tests/test_deploy.py
+
 demo: data ## Fine-tune a real model on real data with four schemes, and compare them
 	$(BIN)/python -m benchmarks.demo
 
 verify-zoo: data ## Compare every zoo model and scheme with PyTorch, step by step
 	$(BIN)/python -m benchmarks.verify_zoo
+
+verify-edge: setup qemu ## Train three models for five processor cores under emulation, against this machine: a table
+	$(BIN)/python -m benchmarks.verify_edge
 
 # Everything that is measured is made from random weights: no data is needed.
 bench-memory: setup ## Compare the memory of training with PyTorch's: tables, JSON, a picture
