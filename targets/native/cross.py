@@ -108,9 +108,13 @@ def _run(command: list[str], log: int, tree: Path) -> None:
     done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
     if done.returncode != 0:
         lines = (tree / "build.log").read_text(errors="replace").splitlines()
-        first = next(
-            (line for line in lines if re.search(r"\b(error|Error|FAILED)\b", line)), lines[-1] if lines else ""
-        )
+        telling = [
+            line
+            for sign in (r"\berror: ", r"\bCMake Error", r"\bFAILED\b", r"")
+            for line in lines
+            if re.search(sign, line)
+        ]
+        first = telling[0] if telling else "it printed nothing"
         raise UserError(
             f"cross-compiling the runtime failed: {first.strip()}",
             instead=f"The whole output is in {tree / 'build.log'}.",
