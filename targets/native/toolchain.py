@@ -35,7 +35,6 @@ class Toolchain:
 
     file: Path
     key: str
-    shared_only: bool = False  # made for libpockrt alone: against the C library of ordinary distributions
 
 
 def cache_folder() -> Path:
@@ -121,7 +120,7 @@ def _zig(device: Device, *, library: bool) -> Toolchain:
     processor = {"armv7l": "armv7"}.get(device.architecture, device.architecture)
     text = _TOOLCHAIN.format(processor=processor, folder=folder, target=target, cpu=f"-mcpu={cpu}" if cpu else "")
     write_if_changed(folder / "toolchain.cmake", text)
-    return Toolchain(folder / "toolchain.cmake", f"{target}-{_digest(str(zig).encode())}", shared_only=library)
+    return Toolchain(folder / "toolchain.cmake", f"{target}-{_digest(str(zig).encode())}")
 
 
 _WRAPPER = """#!/bin/sh
