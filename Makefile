@@ -25,10 +25,10 @@ test test-python test-page test-cross update-golden: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup runtime asan data lint test test-cpp test-python test-page qemu test-cross demo verify-zoo verify-edge bench-memory bench-ablate sweep update-golden clean distclean
+.PHONY: help setup runtime asan data lint test test-cpp test-python test-page qemu test-cross demo verify-zoo verify-edge bench-memory bench-ablate bench-instructions sweep update-golden clean distclean
 
 help: ## Show this help
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{ printf "  make %-15s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{ printf "  make %-19s %s\n", $$1, $$2 }'
 
 setup: $(SETUP_STAMP) ## Create .venv with all dependencies and the package, runtime included
 
@@ -99,6 +99,9 @@ verify-zoo: data ## Compare every zoo model and scheme with PyTorch, step by ste
 
 verify-edge: setup qemu ## Train three models for five processor cores under emulation, against this machine: a table
 	$(BIN)/python -m benchmarks.verify_edge
+
+bench-instructions: setup qemu ## Count the instructions of a step on 64-bit ARM, sparse against full, by emulation
+	$(BIN)/python -m benchmarks.instruction_counts
 
 # Everything that is measured is made from random weights: no data is needed.
 bench-memory: setup ## Compare the memory of training with PyTorch's: tables, JSON, a picture
