@@ -7,7 +7,7 @@ SETUP_STAMP := $(VENV)/.setup-stamp
 ASAN_DIR := build/asan
 
 RUNTIME_SOURCES := $(shell find runtime -type f 2>/dev/null)
-CPP_SOURCES := $(shell find runtime -type f \( -name '*.h' -o -name '*.cpp' \) 2>/dev/null)
+CPP_SOURCES := $(shell find runtime -type f \( -name '*.h' -o -name '*.hpp' -o -name '*.c' -o -name '*.cpp' \) 2>/dev/null)
 
 PYTEST_WORKERS ?= $(shell nproc)
 PYTEST_ARGS ?=
