@@ -26,6 +26,7 @@ from pockc.recipe import BatchNorm, FrozenDtype, PrefixDtype, Recipe, SavedDtype
 from pockc.scheme import Channels, Scheme, detect_family, resolve
 from pockc.targets import devices
 from pockc.targets import find as find_target
+from pockc.targets.devices import Device
 from pockc.targets.native import workspace_of
 
 Inputs = Mapping[str, Any] | tuple[Any, ...]
@@ -40,7 +41,7 @@ def build(
     optimizer: Optimizer | None = None,
     scheme: str | Path | Scheme = "full",
     batchnorm: BatchNorm = "fold",
-    device: str = "x86-64",
+    device: str | Device = "x86-64",
     *,
     accumulation: int = 1,
     state_dtype: StateDtype = "f32",
@@ -67,7 +68,8 @@ def build(
         optimizer: `pockc.SGD`, `Adam`, `AdamW` or `Lion`; ``AdamW()`` if None.
         scheme: what is updated: a preset, a YAML file, or a `Scheme`.
         batchnorm: ``fold`` and ``freeze`` keep the statistics, ``fold`` also gamma; ``train`` updates them.
-        device: a name of `pockc devices`.
+        device: a name of `pockc devices`, a ``.yaml`` file that describes a board, or a record of
+            `pockc.targets.devices`.
         accumulation: micro-steps whose mean gradient makes one optimizer step.
         state_dtype: how optimizer slots are stored: ``f32``, or ``int8``, a byte each and a scale for every 256.
         loss_options: ``label_smoothing``, ``ignore_index`` (cross entropy), ``delta`` (huber).
@@ -112,7 +114,7 @@ def build(
         optimizer=optimizer,
         scheme=scheme,
         batchnorm=batchnorm,
-        device=device,
+        device=device if isinstance(device, Device) else devices.find(device),
         accumulation=accumulation,
         state_dtype=state_dtype,
         loss_options=dict(loss_options or {}),
@@ -143,7 +145,7 @@ class Options:
     optimizer: Optimizer
     scheme: str | Path | Scheme
     batchnorm: BatchNorm
-    device: str
+    device: Device
     accumulation: int
     state_dtype: StateDtype
     loss_options: Mapping[str, float]
@@ -165,7 +167,7 @@ def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
 
     started = time.perf_counter()
     loss, batchnorm = options.loss, options.batchnorm
-    device = devices.find(options.device)
+    device = options.device
     imported = trace(model, example_inputs, loss=loss, batchnorm=batchnorm)
     needs_eval_graph = bool(getattr(model, "training", False)) or batchnorm == "train"
     evaluated = (
@@ -227,6 +229,7 @@ def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
         "saved_dtype": options.saved_dtype,
         "target": options.target,
         "device": device.name,
+        **({} if device.name in devices.DEVICES else {"board": device.as_json()}),
         "aliases": dict(imported.aliases),
         "trained": [name for name in recipe.trained if name not in without_gradient],
         "trained_elements": _trained_elements(program.entries["train_step"]),

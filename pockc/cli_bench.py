@@ -19,6 +19,7 @@ from pockc.build import build
 from pockc.cli_options import Choices, recorded
 from pockc.errors import UserError
 from pockc.inspect import print_ablation, print_measurement
+from pockc.targets import devices
 from pockc.targets.devices import DEFAULT
 
 
@@ -41,7 +42,7 @@ class Source:
             return {**self.choices.arguments(), "device": self.device}
         metadata = read(self.program).metadata
         choices, scheme = recorded(metadata, self.program)
-        return {**choices.arguments(scheme), "device": metadata["device"]}
+        return {**choices.arguments(scheme), "device": devices.recorded(metadata)}
 
 
 def source_of(choices: Choices, device: str) -> Source:

@@ -12,12 +12,12 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from pockc.budget import parse_size
 from pockc.calibration import load_samples
 from pockc.cli_model import load_model, make_loss, make_optimizer
 from pockc.errors import UserError
 from pockc.optim import Schedule
 from pockc.scheme import Scheme
+from pockc.sizes import parse_size
 
 BUILT_FROM = "built_from"  # in a program's metadata: the record that `record` makes and `recorded` reads
 EXAMPLE = "example"  # calibration by the example inputs

@@ -126,6 +126,8 @@ const KernelEntry* find_simd(const char* op);
 const KernelEntry* find_simd(const char* op, const char* isa);
 // The name of the instruction set that is used here.
 const char* best_isa();
+// Whether this build has the kernels of one program alone: a pock-run that was made for it.
+bool is_specialised();
 
 // Sets pk_last_error of this thread and returns `status`. For a kernel that fails on its data: one clause
 // without the op's name, which the session puts before it, such as "id 40000 at position 7 is outside the
