@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <string>
 
+#include "file.h"
+
 namespace pockc::cli {
 
 struct Options {
@@ -23,6 +25,7 @@ struct Options {
   bool read_weights = false;
   bool quiet = false;
   bool help = false;
+  const FileSystem* file_system = &posix_file_system();  // of checkpoints; for tests that make the disk fail
 };
 
 // Parses argv. On failure returns false and fills `error` with one sentence.
