@@ -7,12 +7,9 @@
 #include <functional>
 
 #include "check.h"
-#include "commands.h"
 #include "faulty_disk.h"
-#include "json.h"
-#include "npz.h"
-#include "program_writer.h"
 #include "session.h"
+#include "workspace.h"
 
 using namespace pockc;
 using namespace pockc::test;
@@ -246,54 +243,22 @@ TEST("without syncs the same cuts do harm, and what is torn is refused instead o
   CHECK(forgotten.lost_after_return > 0 && forgotten.refused == 0 && forgotten.wrong == 0);
 }
 
-namespace {
-
-// The files and options of `pock-run train` over 7 samples in batches of 2, saved after every step.
-struct CommandLine {
-  CommandLine() {
-    write_file(directory.path("model.pock"), mean_program(3).bytes());
-    std::vector<float> x;
-    std::vector<int64_t> labels;
-    for (int i = 0; i < 7 * 4; ++i)
-      x.push_back(0.3f * static_cast<float>(i * 5 % 7) + 0.01f * static_cast<float>(i));
-    for (int i = 0; i < 7; ++i) labels.push_back(i % 4);
-    const cli::NumpyArray a{"pixel_values",
-                            cli::NumpyType::kF32,
-                            {7, 4},
-                            reinterpret_cast<const uint8_t*>(x.data()),
-                            x.size() * 4};
-    const cli::NumpyArray b{"labels",
-                            cli::NumpyType::kI64,
-                            {7},
-                            reinterpret_cast<const uint8_t*>(labels.data()),
-                            labels.size() * 8};
-    if (cli::write_npz(directory.path("train.npz"), {a, b}) != PK_OK) CHECK(false && "cannot write samples");
-    options.verb = "train";
-    options.model = directory.path("model.pock");
-    options.data = directory.path("train.npz");
-    options.save = directory.path("a.ckpt");
-    options.epochs = 2;
-    options.save_every = 1;
-    options.quiet = true;
-  }
-
-  TemporaryDirectory directory;
-  cli::Options options;
-};
-
-}  // namespace
-
 TEST("pock-run train that is killed at any call of its saves, then resumed, ends in the same file") {
-  CommandLine straight;
-  straight.options.file_system = &faulty_disk();
+  const auto prepare = [](Workspace* workspace) {
+    workspace->options.epochs = 2;
+    workspace->options.save_every = 1;
+    workspace->options.file_system = &faulty_disk();
+  };
+  Workspace straight(mean_program(3), 7);  // three batches of two
+  prepare(&straight);
   set_fault(Fault::kNone, 0, 0);
   REQUIRE(cli::train(straight.options) == 0);
   const std::string wanted = read_file(straight.options.save);
   const int64_t calls = calls_seen();
   CHECK(calls >= 6 * 13);
   for (int64_t at = 0; at < calls; ++at) {
-    CommandLine killed;
-    killed.options.file_system = &faulty_disk();
+    Workspace killed(mean_program(3), 7);
+    prepare(&killed);
     REQUIRE(in_child([&] {
               set_fault(Fault::kDieHalf, at, 0);
               return cli::train(killed.options);
