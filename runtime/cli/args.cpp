@@ -48,6 +48,9 @@ constexpr Flag int_flag(const char* name, unsigned verbs, int64_t Options::* to,
                         const char* help) {
   return Flag{name, "N", verbs, nullptr, to, nullptr, nullptr, least, help};
 }
+constexpr Flag real_flag(const char* name, unsigned verbs, double Options::* to, const char* help) {
+  return Flag{name, "X", verbs, nullptr, nullptr, to, nullptr, 0, help};
+}
 constexpr Flag bool_flag(const char* name, unsigned verbs, bool Options::* to, const char* help) {
   return Flag{name, nullptr, verbs, nullptr, nullptr, nullptr, to, 0, help};
 }
@@ -59,12 +62,26 @@ const Flag kFlags[] = {
     text_flag("--eval", "FILE.npz", kTrain, &Options::eval, "evaluate on these samples after each epoch"),
     text_flag("--save", "FILE", kTrain, &Options::save,
               "checkpoint, written after each epoch and when interrupted"),
-    int_flag("--save-every", kTrain, &Options::save_every, 1, "also write it after every N steps"),
+    text_flag("--save-every", "N[s]", kTrain, &Options::save_interval,
+              "also write it after every N steps, or N seconds (90s), minutes (5m), hours (1h)"),
+    real_flag("--max-write-mb-per-hour", kTrain, &Options::max_megabytes_per_hour,
+              "save later where it would be more; the best and the last checkpoint are written always"),
     bool_flag("--resume", kTrain, &Options::resume, "continue exactly where the --save file was written"),
-    Flag{"--learning-rate", "X", kTrain, nullptr, nullptr, &Options::learning_rate, nullptr, 0,
-         "instead of the program's base learning rate"},
+    text_flag("--validation", "FILE.npz", kTrain, &Options::validation,
+              "samples whose loss after each epoch decides on --patience and --save-best"),
+    real_flag("--validation-split", kTrain, &Options::validation_split,
+              "or hold this fraction of --data back for it (0.1)"),
+    int_flag("--patience", kTrain, &Options::patience, 1, "stop after N epochs without a better one"),
+    text_flag("--save-best", "FILE", kTrain, &Options::save_best, "checkpoint of the best epoch"),
+    int_flag(
+        "--retries", kTrain, &Options::retries, 0,
+        "times to go back to the last good state and halve the learning rate when the loss or a state is "
+        "NaN or infinite (3)"),
+    real_flag("--learning-rate", kTrain, &Options::learning_rate,
+              "instead of the program's base learning rate"),
     int_flag("--seed", kTrain, &Options::seed, 0, "of the order of samples (0)"),
     int_flag("--max-steps", kTrain, &Options::max_steps, 1, "stop after N steps of this run"),
+    real_flag("--max-seconds", kTrain, &Options::max_seconds, "stop after the step that reaches X seconds"),
     text_flag("--checkpoint", "FILE", kEval | kInfer, &Options::checkpoint, "use its weights"),
     text_flag("--output", "FILE.npz", kInfer, &Options::output, "where the outputs go (-o)"),
     int_flag("--steps", kBench, &Options::steps, 1, "steps to time (50)"),
@@ -145,7 +162,37 @@ bool parse_flag(int argc, char** argv, int* index, unsigned verb, Options* optio
   return set_value(*flag, argv[++*index], options, error);
 }
 
-bool check_complete(const VerbRow& row, const Options& options, std::string* error) {
+// `20`: steps; `90s`, `5m`, `1h`: a time.
+bool parse_interval(Options* options) {
+  std::string number = options->save_interval;
+  if (number.empty()) return true;
+  const std::string units = "smh";
+  const size_t unit = units.find(number.back());
+  if (unit == std::string::npos) return parse_integer(number, 1, &options->save_every);
+  number.pop_back();
+  int64_t count = 0;
+  if (!parse_integer(number, 1, &count)) return false;
+  constexpr double kSeconds[] = {1, 60, 3600};
+  options->save_seconds = static_cast<double>(count) * kSeconds[unit];
+  return true;
+}
+
+// Of the flags about validation: what is wrong with them, or nothing.
+const char* validation_mistake(const Options& options) {
+  const bool split = options.validation_split > 0;
+  if (options.validation_split >= 1) return "--validation-split wants a fraction below 1";
+  if (!options.save_best.empty() && options.save_best == options.save)
+    return "--save and --save-best need two files";
+  if (split && !options.validation.empty()) return "give --validation or --validation-split, not both";
+  if (split || !options.validation.empty()) return "";
+  if (options.patience > 0) return "--patience needs --validation FILE.npz or --validation-split X";
+  if (!options.save_best.empty()) return "--save-best needs --validation FILE.npz or --validation-split X";
+  return "";
+}
+
+bool check_complete(const VerbRow& row, Options* given, std::string* error) {
+  const bool interval = parse_interval(given);
+  const Options& options = *given;
   if (options.model.empty())
     *error = "`" + options.verb + "` needs a program: pock-run " + options.verb + " MODEL.pock";
   else if (row.needs_data && options.data.empty())
@@ -154,8 +201,13 @@ bool check_complete(const VerbRow& row, const Options& options, std::string* err
     *error = "`infer` needs -o FILE.npz";
   else if (options.resume && options.save.empty())
     *error = "--resume needs --save FILE: the checkpoint to continue from";
-  else if (options.save_every > 0 && options.save.empty())
+  else if (!options.save_interval.empty() && options.save.empty())
     *error = "--save-every needs --save FILE";
+  else if (!interval)
+    *error = "--save-every wants a number of steps (20) or a time (90s, 5m, 1h), not `" +
+             options.save_interval + "`";
+  else
+    *error = validation_mistake(options);
   return error->empty();
 }
 
@@ -181,7 +233,7 @@ bool parse_arguments(int argc, char** argv, Options* options, std::string* error
       return false;
     }
   }
-  return options->help || check_complete(*row, *options, error);
+  return options->help || check_complete(*row, options, error);
 }
 
 std::string usage() {
@@ -197,8 +249,9 @@ std::string usage() {
     }
   }
   return text +
-         "\nExit status: 0 done, 1 failed (one line on stderr says why), 2 wrong arguments, 128+n stopped by "
-         "signal n.\n";
+         "\nExit status: 0 done, 1 failed (one line on stderr says why), 2 wrong arguments, 3 paused by "
+         "SIGTERM or "
+         "SIGINT (saved: continue with --resume), 128+n stopped by signal n with nothing saved.\n";
 }
 
 }  // namespace pockc::cli

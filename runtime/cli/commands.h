@@ -49,20 +49,25 @@ int find_loss(const Program& program, const EntryRecord& entry);
 class Evaluator {
  public:
   Status open(const std::string& path, const Model& model);
+  // Over some samples of a file that is open already.
+  Status open_part(const Dataset& data, std::vector<int64_t> samples, const Model& model);
   Status run(Model* model, bool show_progress);
 
   double loss() const { return loss_; }
   double accuracy() const { return accuracy_; }
-  int64_t samples() const { return data_.samples(); }
+  int64_t samples() const { return part_.empty() ? data_.samples() : static_cast<int64_t>(part_.size()); }
+  bool has_loss() const { return loss_output_ >= 0; }
   // `loss 0.2247  accuracy 0.812`, without what the program does not give.
   std::string describe() const;
 
  private:
+  void find_outputs(const Model& model);
   void count_correct(int64_t real);
   void add_counts(int64_t real);
 
   const EntryRecord* entry_ = nullptr;
   Dataset data_;
+  std::vector<int64_t> part_;  // the samples to use; empty: all
   std::vector<Output> outputs_;
   int loss_output_ = -1;
   int logits_output_ = -1;

@@ -62,7 +62,18 @@ void shuffle(uint64_t seed, uint64_t epoch, std::vector<int64_t>* order) {
 }
 
 Status Dataset::open(const std::string& path, const Program& program, const EntryRecord& entry) {
-  POCKC_TRY(file_.open(path));
+  const auto file = std::make_shared<Npz>();
+  POCKC_TRY(file->open(path));
+  file_ = file;
+  return bind(program, entry);
+}
+
+Status Dataset::share(const Dataset& other, const Program& program, const EntryRecord& entry) {
+  file_ = other.file_;
+  return bind(program, entry);
+}
+
+Status Dataset::bind(const Program& program, const EntryRecord& entry) {
   entry_ = entry.name.c_str();
   for (const Argument& input : entry.inputs) {
     const Tensor& type = program.tensors[input.tensor].type;
@@ -72,7 +83,7 @@ Status Dataset::open(const std::string& path, const Program& program, const Entr
   }
   columns_.reserve(entry.inputs.size());
   for (const Argument& input : entry.inputs) POCKC_TRY(add_column(program, entry, input));
-  if (samples_ == 0) return fail(PK_INVALID_ARGUMENT, "%s holds no samples", path.c_str());
+  if (samples_ == 0) return fail(PK_INVALID_ARGUMENT, "%s holds no samples", file_->path().c_str());
   return PK_OK;
 }
 
@@ -84,9 +95,9 @@ std::string Dataset::wanted(const Program& program, const EntryRecord& entry) co
             ShapeText(type.rank, type.dims).text;
   }
   text += " (first axis: the batch of " + std::to_string(batch_) + "); the file has ";
-  if (file_.arrays().empty()) text += "no arrays";
-  for (size_t i = 0; i < file_.arrays().size(); ++i) {
-    text += (i == 0 ? "" : ", ") + file_.arrays()[i].name + " " + file_.arrays()[i].describe();
+  if (file_->arrays().empty()) text += "no arrays";
+  for (size_t i = 0; i < file_->arrays().size(); ++i) {
+    text += (i == 0 ? "" : ", ") + file_->arrays()[i].name + " " + file_->arrays()[i].describe();
   }
   return text;
 }
@@ -100,14 +111,14 @@ Status Dataset::check_shape(const NumpyArray& array, const Tensor& type, bool pe
   std::string want = ShapeText(type.rank, type.dims).text;
   if (per_sample) want = "[samples" + (type.rank == 1 ? "]" : want.substr(want.find(',')));
   const std::string has = array.describe();
-  return fail(PK_TYPE_MISMATCH, "%s: `%s` has shape %s, `%s` of this program wants %s", file_.path().c_str(),
+  return fail(PK_TYPE_MISMATCH, "%s: `%s` has shape %s, `%s` of this program wants %s", file_->path().c_str(),
               array.name.c_str(), has.substr(has.find('[')).c_str(), entry.name.c_str(), want.c_str());
 }
 
 Status Dataset::add_column(const Program& program, const EntryRecord& entry, const Argument& input) {
   const Tensor& type = program.tensors[input.tensor].type;
-  const char* path = file_.path().c_str();
-  const NumpyArray* array = file_.find(input.name);
+  const char* path = file_->path().c_str();
+  const NumpyArray* array = file_->find(input.name);
   if (array == nullptr) {
     return fail(PK_NOT_FOUND, "%s has no array `%s`; the program wants %s", path, input.name.c_str(),
                 wanted(program, entry).c_str());
@@ -141,7 +152,7 @@ Status Dataset::check_finite(const Column& column, const float* values, int64_t 
     if (std::isfinite(values[i])) continue;
     const char* what = std::isnan(values[i]) ? "NaN" : "an infinite value";
     return fail(PK_INVALID_ARGUMENT, "%s: `%s` holds %s in sample %" PRId64 ": clean the data",
-                file_.path().c_str(), column.array->name.c_str(), what, sample);
+                file_->path().c_str(), column.array->name.c_str(), what, sample);
   }
   return PK_OK;
 }

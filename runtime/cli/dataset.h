@@ -2,6 +2,7 @@
 #ifndef POCKC_CLI_DATASET_H_
 #define POCKC_CLI_DATASET_H_
 
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -17,6 +18,8 @@ class Dataset {
   // same for every batch. Converted while batches are made: float64 and uint8 to float32; int32 and uint8 to
   // int64.
   Status open(const std::string& path, const Program& program, const EntryRecord& entry);
+  // The same over the file of another data set, which is then in memory once.
+  Status share(const Dataset& other, const Program& program, const EntryRecord& entry);
 
   int64_t samples() const { return samples_; }
   int64_t batch_size() const { return batch_; }
@@ -41,13 +44,14 @@ class Dataset {
     std::vector<uint64_t> buffer;  // the batch of integers; 8-byte elements for their alignment
   };
 
+  Status bind(const Program& program, const EntryRecord& entry);
   Status add_column(const Program& program, const EntryRecord& entry, const Argument& input);
   Status check_shape(const NumpyArray& array, const Tensor& type, bool per_sample,
                      const EntryRecord& entry) const;
   Status check_finite(const Column& column, const float* values, int64_t sample) const;
   std::string wanted(const Program& program, const EntryRecord& entry) const;
 
-  Npz file_;
+  std::shared_ptr<const Npz> file_;
   const char* entry_ = nullptr;
   std::vector<Column> columns_;
   std::vector<const char*> names_;

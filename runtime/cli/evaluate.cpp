@@ -64,6 +64,20 @@ Status Evaluator::open(const std::string& path, const Model& model) {
   entry_ = model.entry("eval_step");
   if (entry_ == nullptr) return PK_NOT_FOUND;
   POCKC_TRY(data_.open(path, model.program, *entry_));
+  find_outputs(model);
+  return PK_OK;
+}
+
+Status Evaluator::open_part(const Dataset& data, std::vector<int64_t> samples, const Model& model) {
+  entry_ = model.entry("eval_step");
+  if (entry_ == nullptr) return PK_NOT_FOUND;
+  POCKC_TRY(data_.share(data, model.program, *entry_));
+  part_ = std::move(samples);
+  find_outputs(model);
+  return PK_OK;
+}
+
+void Evaluator::find_outputs(const Model& model) {
   for (const Argument& argument : entry_->outputs) outputs_.emplace_back(model.program, argument);
   loss_output_ = find_loss(model.program, *entry_);
   correct_output_ = find_counts(model.program, *entry_, "correct", data_.batch_size());
@@ -71,18 +85,19 @@ Status Evaluator::open(const std::string& path, const Model& model) {
   if (has_labels(model.program, *entry_, data_.batch_size())) {
     logits_output_ = find_logits(model.program, *entry_, data_.batch_size());
   }
-  return PK_OK;
 }
 
 Status Evaluator::run(Model* model, bool show_progress) {
   std::vector<int64_t> indices(static_cast<size_t>(data_.batch_size()));
-  const int64_t batches = (data_.samples() - 1) / data_.batch_size() + 1;
+  const int64_t batches = (samples() - 1) / data_.batch_size() + 1;
   Progress progress("evaluating", batches, show_progress);
   double loss_sum = 0;
   int64_t loss_batches = 0;
   correct_ = counted_ = 0;
   for (int64_t i = 0; i < batches && stop_signal() == 0; ++i) {
-    const int64_t real = fill_batch(i * data_.batch_size(), data_.samples(), &indices);
+    const int64_t real = fill_batch(i * data_.batch_size(), samples(), &indices);
+    for (size_t k = 0; k < indices.size() && !part_.empty(); ++k)
+      indices[k] = part_[static_cast<size_t>(indices[k])];
     POCKC_TRY(data_.gather(indices.data(), &model->session));
     POCKC_TRY(run_batch(model, *entry_, data_, outputs_));
     const bool full = real == data_.batch_size() || batches == 1;

@@ -70,6 +70,7 @@ Status Model::open(const Options& options) {
   SessionSettings settings;
   settings.threads = threads;
   POCKC_TRY(session.create(program, settings));
+  session.set_file_system(*options.file_system);
   resident_after = resident_bytes();
   return PK_OK;
 }

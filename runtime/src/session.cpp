@@ -2,6 +2,7 @@
 #include "session.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -138,6 +139,21 @@ void Session::set_initial_states() {
     std::memcpy(arena_ + tensor.offset, program_->data.data + state.initial, tensor.bytes);
     if (tensor.bytes >= kManyBytes) program_->file.drop_pages();  // else all would be in memory twice
   }
+}
+
+void Session::reset() {
+  set_initial_states();
+  micro_step_ = 0;
+  cursor_.clear();
+}
+
+bool Session::is_finite(const StateRecord& state) const {
+  const Tensor tensor = bound_tensor(state.tensor);
+  if (tensor.dtype != DType::kF32) return true;
+  const float* values = tensor.as<float>();
+  bool finite = true;  // no early exit: the loop is then one of vectors
+  for (int64_t i = 0; i < tensor.elements(); ++i) finite &= std::isfinite(values[i]);
+  return finite;
 }
 
 // Bytes of DATA that tensors of the program cover: frozen weights and constants, each byte once.

@@ -33,6 +33,10 @@ class Session {
   Status save(const char* path, const char* cursor_json) const;
   Status load(const char* path);
   pk_memory memory() const;
+  // Sets every state as `create` did.
+  void reset();
+  // Whether all values of a mutable float32 state are finite; true for other dtypes.
+  bool is_finite(const StateRecord& state) const;
 
   const Program& program() const { return *program_; }
   const std::string& cursor() const { return cursor_; }

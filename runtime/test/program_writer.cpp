@@ -36,12 +36,12 @@ void put_arguments(std::string* out, const std::vector<Argument>& arguments) {
   }
 }
 
-void put_entry(std::string* out, const EntryRecord& entry) {
+void put_entry(std::string* out, const WrittenEntry& entry) {
   put_text(out, entry.name);
   put_arguments(out, entry.inputs);
   put_arguments(out, entry.outputs);
   put<uint32_t>(out, static_cast<uint32_t>(entry.calls.size()));
-  for (const CallRecord& call : entry.calls) {
+  for (const WrittenCall& call : entry.calls) {
     put<uint32_t>(out, call.op);
     put<uint32_t>(out, call.origin);
     put_list(out, call.inputs);
@@ -114,10 +114,10 @@ uint32_t ProgramWriter::state(const std::string& name, StateKind kind, DType dty
   return index;
 }
 
-CallRecord ProgramWriter::call(const std::string& op, const std::vector<uint32_t>& inputs,
-                               const std::vector<uint32_t>& outputs, const std::vector<int64_t>& ints,
-                               const std::vector<double>& floats) {
-  CallRecord record;
+WrittenCall ProgramWriter::call(const std::string& op, const std::vector<uint32_t>& inputs,
+                                const std::vector<uint32_t>& outputs, const std::vector<int64_t>& ints,
+                                const std::vector<double>& floats) {
+  WrittenCall record;
   record.op = intern(op);
   record.origin = intern("test." + op + " (model.py:7)");
   record.inputs = inputs;
@@ -156,7 +156,7 @@ std::string ProgramWriter::program_section() const {
   put<uint32_t>(&out, static_cast<uint32_t>(strings.size()));
   for (const std::string& text : strings) put_text(&out, text);
   put<uint32_t>(&out, static_cast<uint32_t>(entries.size()));
-  for (const EntryRecord& entry : entries) put_entry(&out, entry);
+  for (const WrittenEntry& entry : entries) put_entry(&out, entry);
   return out;
 }
 
@@ -231,22 +231,22 @@ ProgramWriter mean_program(uint32_t accumulation) {
 
   const std::vector<int64_t> plain = {0, 0, 0};  // matmul: transpose_a, transpose_b, activation
   const std::vector<double> bounds = {0, 0};
-  const std::vector<CallRecord> forward = {
+  const std::vector<WrittenCall> forward = {
       writer.call("sub", {w, x}, {difference}),
       writer.call("mul", {difference, difference}, {square}),
       writer.call("matmul", {mean_row, square}, {rows}, plain, bounds),
       writer.call("matmul", {rows, column}, {loss}, plain, bounds),
       writer.call("reshape", {loss}, {scalar}, {0}),
   };
-  const std::vector<CallRecord> backward = {
+  const std::vector<WrittenCall> backward = {
       writer.call("matmul", {mean_row, difference}, {mean}, plain, bounds),
       writer.call("reshape", {mean}, {gradient}, {1, 4}),
   };
-  const CallRecord predict = writer.call("mul", {x, w}, {logits});
+  const WrittenCall predict = writer.call("mul", {x, w}, {logits});
 
-  EntryRecord train{"train_step", {{"pixel_values", x}, {"labels", labels}}, {{"loss", scalar}}, forward};
+  WrittenEntry train{"train_step", {{"pixel_values", x}, {"labels", labels}}, {{"loss", scalar}}, forward};
   train.calls.insert(train.calls.end(), backward.begin(), backward.end());
-  EntryRecord accumulate = train;
+  WrittenEntry accumulate = train;
   accumulate.name = "accumulate";
   accumulate.calls.push_back(writer.call("add", {sum, gradient}, {sum}));
   if (accumulation > 1) {
@@ -256,12 +256,12 @@ ProgramWriter mean_program(uint32_t accumulation) {
   train.calls.push_back(writer.call("sgd", {w, gradient, lr}, {w}, {0, -1}, {0.0}));
   train.calls.push_back(writer.call("add", {step, constant_one}, {step}));
 
-  EntryRecord evaluate = train;
+  WrittenEntry evaluate = train;
   evaluate.name = "eval_step";
   evaluate.calls = forward;
   evaluate.calls.push_back(predict);
   evaluate.outputs.push_back({"logits", logits});
-  const EntryRecord infer{"infer", {{"pixel_values", x}}, {{"logits", logits}}, {predict}};
+  const WrittenEntry infer{"infer", {{"pixel_values", x}}, {{"logits", logits}}, {predict}};
 
   writer.entries = {train, evaluate, infer};
   if (accumulation > 1) writer.entries.push_back(accumulate);

@@ -10,6 +10,25 @@
 
 namespace pockc::test {
 
+// A call with its own lists, and an entry of such calls; the loaded ones have one array for all of an entry.
+struct WrittenCall {
+  uint32_t op = 0;
+  uint32_t origin = 0;
+  std::vector<uint32_t> inputs;
+  std::vector<uint32_t> outputs;
+  std::vector<int64_t> ints;
+  std::vector<double> floats;
+  uint64_t workspace_offset = 0;
+  uint64_t workspace_bytes = 0;
+};
+
+struct WrittenEntry {
+  std::string name;
+  std::vector<Argument> inputs;
+  std::vector<Argument> outputs;
+  std::vector<WrittenCall> calls;
+};
+
 // The tables of a program; `bytes()` lays them out as FORMAT.md says, checksums included.
 struct ProgramWriter {
   uint64_t state_bytes = 0;
@@ -19,7 +38,7 @@ struct ProgramWriter {
   std::vector<TensorRecord> tensors;
   std::vector<StateRecord> states;
   std::vector<std::string> strings;
-  std::vector<EntryRecord> entries;
+  std::vector<WrittenEntry> entries;
   std::string data;
   std::string golden;
   std::string metadata = "{\"model\": \"test\"}";
@@ -32,9 +51,9 @@ struct ProgramWriter {
   uint32_t state(const std::string& name, StateKind kind, DType dtype, const std::vector<int64_t>& dims,
                  const void* initial, const std::vector<uint8_t>& permutation = {});
 
-  CallRecord call(const std::string& op, const std::vector<uint32_t>& inputs,
-                  const std::vector<uint32_t>& outputs, const std::vector<int64_t>& ints = {},
-                  const std::vector<double>& floats = {});
+  WrittenCall call(const std::string& op, const std::vector<uint32_t>& inputs,
+                   const std::vector<uint32_t>& outputs, const std::vector<int64_t>& ints = {},
+                   const std::vector<double>& floats = {});
 
   std::string program_section() const;
   std::string bytes() const;

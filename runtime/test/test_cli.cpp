@@ -10,55 +10,14 @@
 #include "commands.h"
 #include "json.h"
 #include "npz.h"
-#include "program_writer.h"
 #include "safetensors.h"
+#include "workspace.h"
 
 using namespace pockc;
 using namespace pockc::test;
 using namespace pockc::cli;
 
 namespace {
-
-struct Workspace {
-  explicit Workspace(const ProgramWriter& writer = mean_program(), int64_t samples = 11) {
-    write_file(directory.path("model.pock"), writer.bytes());
-    std::vector<float> x;
-    std::vector<int64_t> labels;
-    for (int64_t i = 0; i < samples; ++i) {
-      for (int k = 0; k < 4; ++k)
-        x.push_back(0.3f * static_cast<float>((i * 5 + k * 3) % 7) + 0.01f * static_cast<float>(i));
-      labels.push_back(i % 4);
-    }
-    write_samples("train.npz", x, labels);
-    options.verb = "train";
-    options.model = directory.path("model.pock");
-    options.data = directory.path("train.npz");
-    options.save = directory.path("a.ckpt");
-    options.epochs = 3;
-    options.quiet = true;
-  }
-
-  void write_samples(const char* name, const std::vector<float>& x,
-                     const std::vector<int64_t>& labels) const {
-    const int64_t samples = static_cast<int64_t>(labels.size());
-    NumpyArray a{"pixel_values",
-                 NumpyType::kF32,
-                 {samples, 4},
-                 reinterpret_cast<const uint8_t*>(x.data()),
-                 x.size() * 4};
-    NumpyArray b{"labels",
-                 NumpyType::kI64,
-                 {samples},
-                 reinterpret_cast<const uint8_t*>(labels.data()),
-                 labels.size() * 8};
-    if (write_npz(directory.path(name), {a, b}) != PK_OK) CHECK(false && "cannot write samples");
-  }
-
-  std::string checkpoint() const { return read_file(options.save); }
-
-  TemporaryDirectory directory;
-  Options options;
-};
 
 Options parse(std::vector<const char*> arguments, bool* good, std::string* error) {
   arguments.insert(arguments.begin(), "pock-run");
@@ -91,6 +50,20 @@ TEST("flags are read, and mistakes are named") {
   CHECK(!good && contains(error, "dance"));
   parse({"train", "m.pock", "--data"}, &good, &error);
   CHECK(!good && contains(error, "needs a value"));
+  options = parse({"train", "m.pock", "--data", "a", "--save", "c", "--save-every", "5m"}, &good, &error);
+  CHECK(good && options.save_seconds == 300 && options.save_every == 0);
+  options = parse({"train", "m.pock", "--data", "a", "--save", "c", "--save-every=20"}, &good, &error);
+  CHECK(good && options.save_seconds == 0 && options.save_every == 20);
+  for (const char* wrong : {"0", "s", "5d", "-1s", "1.5m"}) {
+    parse({"train", "m.pock", "--data", "a", "--save", "c", "--save-every", wrong}, &good, &error);
+    CHECK(!good && contains(error, "90s"));
+  }
+  parse({"train", "m.pock", "--data", "a", "--patience", "2"}, &good, &error);
+  CHECK(!good && contains(error, "--validation"));
+  parse({"train", "m.pock", "--data", "a", "--validation", "b", "--validation-split", "0.1"}, &good, &error);
+  CHECK(!good && contains(error, "not both"));
+  parse({"train", "m.pock", "--data", "a", "--validation-split", "1"}, &good, &error);
+  CHECK(!good && contains(error, "below 1"));
   CHECK(parse({"--help"}, &good, &error).help && good);
   CHECK(contains(usage(), "--save-every"));
 }
@@ -283,7 +256,7 @@ TEST("a signal ends the run after its step, saves, and the run can be resumed ex
   usleep(200 * 1000);
   kill(child, SIGTERM);
   REQUIRE(waitpid(child, &status, 0) == child);
-  CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 143);
+  CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 3);
   REQUIRE(access(interrupted.options.save.c_str(), R_OK) == 0);
   // The same number of epochs without a stop gives the same states.
   Model model;
