@@ -25,7 +25,7 @@ test test-python test-page update-golden: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup runtime asan data lint test test-cpp test-python test-page demo verify-zoo bench-memory bench-ablate sweep update-golden clean distclean
+.PHONY: help setup runtime asan data lint test test-cpp test-python test-page demo verify-zoo bench-memory bench-speed bench-ablate sweep update-golden clean distclean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -88,6 +88,10 @@ verify-zoo: data ## Compare every zoo model and scheme with PyTorch, step by ste
 # Everything that is measured is made from random weights: no data is needed.
 bench-memory: setup ## Compare the memory of training with PyTorch's: tables, JSON, a picture
 	$(BIN)/python -m benchmarks.memory
+
+# PyTorch alone, and no longer than this compiles: what is compiled is kept, and the next run goes on from there.
+bench-speed: setup ## Compare the time of a training step with PyTorch's: tables, JSON, a picture
+	$(BIN)/python -m benchmarks.speed --compile-minutes 4
 
 bench-ablate: setup ## Show what each pass of the compiler buys, in bytes and milliseconds
 	$(BIN)/pockc bench benchmarks/zoo.py:mobilenet_v2 --batch-size 8 --scheme sparse --ablate --json out/ablation.json
