@@ -21,6 +21,7 @@ struct Options {
   bool seed_given = false;
   bool resume = false;
   bool read_weights = false;
+  bool profile = false;
   bool quiet = false;
   bool help = false;
 };
