@@ -151,6 +151,46 @@ def call(
     return int(_shim().kernel_shim_run(op.encode(), provider.encode(), ctypes.byref(arguments)))
 
 
+class Prepared:
+    """A call on operands of its own that can be repeated, for measurements; calling it gives the kernel's status."""
+
+    def __init__(
+        self,
+        op: str,
+        provider: str,
+        inputs: Sequence[Array],
+        outputs: Sequence[TensorType],
+        attrs: Mapping[str, Any],
+        workspace_bytes: int,
+    ) -> None:
+        ints, floats = flat(op, attrs)
+        types = [TensorType(tuple(x.shape), dtype_of(x)) for x in inputs]
+        blocks = [Block(type_.nbytes) for type_ in (*types, *outputs)]
+        for block, type_, x in zip(blocks, types, inputs, strict=False):
+            block.view(type_)[...] = x
+        workspace = Block(max(1, workspace_bytes))
+        arguments = _Call(
+            inputs=_tensors(types, blocks),
+            outputs=_tensors(outputs, blocks[len(types) :]),
+            ints=(ctypes.c_int64 * max(1, len(ints)))(*ints),
+            floats=(ctypes.c_double * max(1, len(floats)))(*floats),
+            input_count=len(types),
+            output_count=len(outputs),
+            int_count=len(ints),
+            float_count=len(floats),
+            workspace=workspace.address,
+            workspace_bytes=workspace_bytes,
+            threads=1,
+            check_only=False,
+        )
+        self._alive = blocks, workspace, arguments
+        self._run = _shim().kernel_shim_run
+        self._arguments = op.encode(), provider.encode(), ctypes.byref(arguments)
+
+    def __call__(self) -> int:
+        return int(self._run(*self._arguments))
+
+
 def check(
     op: str,
     inputs: Sequence[TensorType],
