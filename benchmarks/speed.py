@@ -95,6 +95,9 @@ WAYS: dict[str, Way] = {
     "contiguous": Way("pytorch_side", ("contiguous",)),
     "channels-last": Way("pytorch_side", ("channels-last",)),
     "compile": Way("pytorch_side", ("compile",), compiles=True),
+    "tensorflow": Way("tensorflow_side", environment="tensorflow"),
+    "jax": Way("jax_side", environment="jax"),
+    "onnxruntime": Way("onnxruntime_side", environment="onnxruntime"),
 }
 
 
@@ -401,21 +404,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--cases", nargs="+", choices=keys, default=keys, metavar="CASE", help=", ".join(keys))
     parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=SCHEMES, metavar="SCHEME")
-    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=["pockc", *PYTORCH], metavar="WAY",
-                        help=f"{', '.join(WAYS)} (default: pockc and PyTorch's)")  # fmt: skip
+    parser.add_argument("--ways", nargs="+", choices=[*WAYS, "all"], default=["pockc", *PYTORCH], metavar="WAY",
+                        help=f"{', '.join(WAYS)} or all (default: pockc and PyTorch's)")  # fmt: skip
     parser.add_argument("--threads", nargs="+", type=int, default=[1], metavar="N", help="one thread is what is judged")
     parser.add_argument("--seconds", type=float, default=6.0, help="of turns per case and scheme, all sides together")
     parser.add_argument("--compile-minutes", type=float, help="that torch.compile may take in all (no limit)")
     parser.add_argument("--quick", action="store_true", help="small models: shows that all works, judges no time")
     parser.add_argument("--output", type=Path, default=report.OUT / "speed.json")
     options = parser.parse_args(arguments)
-    if "pockc" not in options.ways:
+    if not {"pockc", "all"}.intersection(options.ways):
         parser.error("pockc has to be one of the ways: the others train what it trains")
     chosen = [case for case in CASES if case.key in options.cases]
+    ways = list(WAYS) if "all" in options.ways else options.ways
     return run(
         [quick_case(case) for case in chosen] if options.quick else chosen,
         options.schemes,
-        options.ways,
+        ways,
         options.threads,
         options.output,
         seconds=options.seconds,

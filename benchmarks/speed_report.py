@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 # Libraries whose versions decide the times.
 _LIBRARIES = ("pockc", "torch", "tensorflow-cpu", "jax", "jaxlib", "onnxruntime-training-cpu", "executorch", "numpy")
 
+# Sides beside PyTorch; what they cannot run is listed with their error.
+PEERS = ("tensorflow", "jax", "onnxruntime")
+
 
 @dataclass(frozen=True, slots=True)
 class Summary:
@@ -53,11 +56,23 @@ def summaries(results: Sequence[Result]) -> list[Summary]:
     for kind, vision, bound in (("vision", True, 3.2), ("text", False, 2.1)):
         chosen = [result for result in by_scheme["sparse"] if result.case.vision == vision]
         found.append(_summary(f"{kind}: full best PyTorch / sparse pockc", chosen, against_full, bound))
+    found += [_summary(f"{way} / pockc, same scheme", results, _against(way), None, 1.0) for way in PEERS]
+    of_tensorflow = {r.case.key: r.timings["tensorflow"].cpu for r in full if "tensorflow" in r.timings}
+
+    def against_full_tensorflow(result: Result) -> float | None:
+        theirs = of_tensorflow.get(result.case.key)
+        return theirs / result.timings["pockc"].cpu if theirs and "pockc" in result.timings else None
+
+    found.append(_summary("full TensorFlow / sparse pockc", by_scheme["sparse"], against_full_tensorflow, None, 3.0))
     return [summary for summary in found if summary is not None]
 
 
 def _against_best(result: Result) -> float | None:
     return result.ratio(result.best_pytorch())
+
+
+def _against(way: str) -> Callable[[Result], float | None]:
+    return lambda result: result.ratio(way)
 
 
 def _summary(
