@@ -188,24 +188,24 @@ void prepare_right(const Gemm& gemm, int64_t k0, int64_t depth, int64_t n0, int6
   }
 }
 
-// Lines of A that are asked of the memory before they are used, a few per tile of the panel before them: a
-// panel takes as long as many misses, and its pieces of memory are too short for the hardware to run ahead.
+constexpr int64_t kAheadColumns = 192;  // kDepth x as many floats are 192 KiB
+
+// Lines of A or B that are asked of the memory before they are used, a few per tile of what comes before
+// them: that takes as long as many misses, and pieces of memory are too short for the hardware to run ahead.
 struct Ahead {
   static constexpr int64_t kLeastTiles = 4;  // with fewer, asking takes as long as waiting
 
-  const float* piece;  // rows from k0 on or, of a transposed A, parts of `depth` pieces
-  int64_t stride, floats, pieces, each;
+  const float* piece = nullptr;
+  int64_t stride = 0, floats = 0, pieces = 0, each = 0;
   int64_t at = 0;  // in the piece
 
-  // Rows [row, end).
-  Ahead(const Gemm& gemm, int64_t row, int64_t end, int64_t k0, int64_t depth, int64_t tiles) {
-    const LeftMatrix& a = gemm.a;
-    piece = a.transposed ? a.data + k0 * a.stride + row : a.data + row * a.stride + k0;
-    stride = a.stride;
-    floats = a.transposed ? end - row : depth;
-    pieces = a.transposed ? depth : end - row;
-    each = divide_up(pieces * divide_up(floats, kLineFloats), tiles);
-  }
+  Ahead() = default;
+  Ahead(const float* piece, int64_t stride, int64_t floats, int64_t pieces, int64_t tiles)
+      : piece(piece),
+        stride(stride),
+        floats(floats),
+        pieces(pieces),
+        each(divide_up(pieces * divide_up(floats, kLineFloats), tiles)) {}
   POCKC_INLINE void advance() {
     for (int64_t i = 0; i < each && pieces > 0; ++i) {
       __builtin_prefetch(piece + at);
@@ -219,7 +219,8 @@ struct Ahead {
 };
 
 void multiply_panel(const Gemm& gemm, const LeftPanel& left, const Block& block, int64_t m0, int rows,
-                    int64_t k0, int64_t depth, int64_t n0, int64_t columns, Ahead* ahead) {
+                    int64_t k0, int64_t depth, int64_t n0, int64_t columns, Ahead* left_ahead,
+                    Ahead* right_ahead) {
   float* c[kMaxRows];
   for (int i = 0; i < rows; ++i) c[i] = output_row(gemm.c, m0 + i);
   const auto& kernels =
@@ -237,12 +238,27 @@ void multiply_panel(const Gemm& gemm, const LeftPanel& left, const Block& block,
     tile.b_stride = block.stride[index];
     tile.column = tile.bias_column = n0 + n;
     tile.columns = minimum<int64_t>(columns - n, kTileColumns);
-    if (ahead != nullptr) ahead->advance();
+    if (left_ahead != nullptr) left_ahead->advance();
+    if (right_ahead != nullptr) right_ahead->advance();
     kernels[(tile.columns - 1) / W](tile);
   }
   if (!tile.last || gemm.epilogue.activation <= kClip) return;
   for (int i = 0; i < rows; ++i)
     activate(c[i] + n0, columns, static_cast<Activation>(gemm.epilogue.activation));
+}
+
+// Rows [row, end) of A from k0 on, or of a transposed A the parts that belong to them.
+Ahead ahead_of_left(const LeftMatrix& a, int64_t row, int64_t end, int64_t k0, int64_t depth, int64_t tiles) {
+  if (a.transposed) return {a.data + k0 * a.stride + row, a.stride, end - row, depth, tiles};
+  return {a.data + row * a.stride + k0, a.stride, depth, end - row, tiles};
+}
+
+// Whether the next block of B in depth, from row k on, lies as a whole in memory and is small enough to be in
+// the cache together with this one.
+bool has_next_right(const Gemm& gemm, int64_t k, int64_t columns) {
+  const RightMatrix& b = gemm.b;
+  const bool plain = b.patches == nullptr && b.group_offsets == nullptr && b.compact.data == nullptr;
+  return plain && !b.transposed && k < gemm.k && columns <= kAheadColumns;
 }
 
 // All panels of A with one block of B.
@@ -252,6 +268,13 @@ void multiply_block(const Gemm& gemm, const RowSplit& split, int64_t k0, int64_t
   // Panels of A that are copied before they are used; 0: see prepare_left.
   const int64_t together = is_transposed_copied(gemm.a, columns) ? kPanelsTogether : 0;
   const bool asks = tiles >= Ahead::kLeastTiles && depth >= kPrefetchDepth && gemm.a.patches == nullptr;
+  Ahead right_ahead;
+  if (tiles >= Ahead::kLeastTiles && has_next_right(gemm, k0 + depth, columns)) {
+    const RightMatrix& b = gemm.b;
+    right_ahead = {b.data + (k0 + depth) * b.stride + n0, b.stride, columns,
+                   minimum(kDepth, gemm.k - k0 - depth), split.panels * tiles};
+  }
+  Ahead* right_pointer = right_ahead.pieces > 0 ? &right_ahead : nullptr;
   int64_t row = split.m0;
   for (int64_t p = 0, place = 0; p < split.panels; ++p) {
     const int64_t next = split.begin(p + 1);
@@ -267,10 +290,10 @@ void multiply_block(const Gemm& gemm, const RowSplit& split, int64_t k0, int64_t
     }
     if (asks && p + 1 < split.panels && place == 0) {
       const int64_t after = split.begin(minimum(split.panels, p + 1 + maximum<int64_t>(1, together)));
-      Ahead ahead(gemm, next, after, k0, depth, tiles);
-      multiply_panel(gemm, left, block, row, rows, k0, depth, n0, columns, &ahead);
+      Ahead left_ahead = ahead_of_left(gemm.a, next, after, k0, depth, tiles);
+      multiply_panel(gemm, left, block, row, rows, k0, depth, n0, columns, &left_ahead, right_pointer);
     } else {
-      multiply_panel(gemm, left, block, row, rows, k0, depth, n0, columns, nullptr);
+      multiply_panel(gemm, left, block, row, rows, k0, depth, n0, columns, nullptr, right_pointer);
     }
     row = next;
   }
