@@ -118,6 +118,32 @@ def _tensors(types: Sequence[TensorType], blocks: Sequence[Block] | None) -> Any
     return array
 
 
+def _record(
+    types: tuple[Sequence[TensorType], Sequence[TensorType]],
+    attributes: tuple[Sequence[int], Sequence[float]],
+    blocks: tuple[Sequence[Block], Sequence[Block]] | None,
+    workspace: Block | None,
+    workspace_bytes: int,
+    threads: int,
+) -> _Call:
+    """The arguments of the shim; without blocks the call is only checked."""
+    (inputs, outputs), (ints, floats) = types, attributes
+    return _Call(
+        inputs=_tensors(inputs, blocks[0] if blocks else None),
+        outputs=_tensors(outputs, blocks[1] if blocks else None),
+        ints=(ctypes.c_int64 * max(1, len(ints)))(*ints),
+        floats=(ctypes.c_double * max(1, len(floats)))(*floats),
+        input_count=len(inputs),
+        output_count=len(outputs),
+        int_count=len(ints),
+        float_count=len(floats),
+        workspace=workspace.address if workspace else None,
+        workspace_bytes=workspace_bytes,
+        threads=threads,
+        check_only=blocks is None,
+    )
+
+
 def call(
     op: str,
     provider: str,
@@ -134,20 +160,7 @@ def call(
     ``provider`` is "ref" or "simd", the best of this CPU.
     """
     workspace = Block(max(1, workspace_bytes)) if blocks else None
-    arguments = _Call(
-        inputs=_tensors(inputs, blocks[0] if blocks else None),
-        outputs=_tensors(outputs, blocks[1] if blocks else None),
-        ints=(ctypes.c_int64 * max(1, len(ints)))(*ints),
-        floats=(ctypes.c_double * max(1, len(floats)))(*floats),
-        input_count=len(inputs),
-        output_count=len(outputs),
-        int_count=len(ints),
-        float_count=len(floats),
-        workspace=workspace.address if workspace else None,
-        workspace_bytes=workspace_bytes,
-        threads=threads,
-        check_only=blocks is None,
-    )
+    arguments = _record((inputs, outputs), (ints, floats), blocks, workspace, workspace_bytes, threads)
     return int(_shim().kernel_shim_run(op.encode(), provider.encode(), ctypes.byref(arguments)))
 
 
@@ -169,20 +182,8 @@ class Prepared:
         for block, type_, x in zip(blocks, types, inputs, strict=False):
             block.view(type_)[...] = x
         workspace = Block(max(1, workspace_bytes))
-        arguments = _Call(
-            inputs=_tensors(types, blocks),
-            outputs=_tensors(outputs, blocks[len(types) :]),
-            ints=(ctypes.c_int64 * max(1, len(ints)))(*ints),
-            floats=(ctypes.c_double * max(1, len(floats)))(*floats),
-            input_count=len(types),
-            output_count=len(outputs),
-            int_count=len(ints),
-            float_count=len(floats),
-            workspace=workspace.address,
-            workspace_bytes=workspace_bytes,
-            threads=1,
-            check_only=False,
-        )
+        placed = blocks[: len(types)], blocks[len(types) :]
+        arguments = _record((types, outputs), (ints, floats), placed, workspace, workspace_bytes, threads=1)
         self._alive = blocks, workspace, arguments
         self._run = _shim().kernel_shim_run
         self._arguments = op.encode(), provider.encode(), ctypes.byref(arguments)
