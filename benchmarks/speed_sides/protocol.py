@@ -98,7 +98,8 @@ def serve(opener: Opener) -> int:
                 answer = asdict(_timed(step, question["count"]))
         except Exception as error:
             lines = [part for part in str(error).splitlines() if part.strip()]
-            answer = {"error": f"{type(error).__name__}: {lines[0] if lines else ''}"[:500]}
+            kind = "" if isinstance(error, SideError) else f"{type(error).__name__}: "
+            answer = {"error": f"{kind}{lines[0] if lines else ''}"[:500]}
             print(f"{question['do']}: {error!r}", file=sys.stderr, flush=True)
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
