@@ -9,7 +9,7 @@ PEERS_DIR := .cache/peers
 PEERS := $(basename $(notdir $(wildcard benchmarks/speed_sides/requirements/*.txt)))
 
 RUNTIME_SOURCES := $(shell find runtime -type f 2>/dev/null)
-CPP_SOURCES := $(shell find runtime -type f \( -name '*.h' -o -name '*.cpp' \) 2>/dev/null)
+CPP_SOURCES := $(shell find runtime -type f \( -name '*.h' -o -name '*.hpp' -o -name '*.c' -o -name '*.cpp' \) 2>/dev/null)
 
 PYTEST_WORKERS ?= $(shell nproc)
 PYTEST_ARGS ?=
@@ -23,14 +23,14 @@ RUN_CPP_TESTS = $(BIN)/ctest --test-dir $(ASAN_DIR) --output-on-failure --no-tes
 RUN_PYTHON_TESTS = $(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 # One thread per test process: pytest runs as many processes as there are cores.
-test test-python test-page update-golden: export OMP_NUM_THREADS = 1
+test test-python test-page test-cross update-golden: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup runtime asan data lint test test-cpp test-python test-page demo verify-zoo bench-memory peers bench-speed bench-all bench-kernels bench-ablate sweep update-golden clean distclean
+.PHONY: help setup runtime asan data lint test test-cpp test-python test-page qemu test-cross demo verify-zoo verify-edge verify-onnx bench-memory peers bench-speed bench-all bench-kernels bench-ablate bench-instructions sweep update-golden clean distclean
 
 help: ## Show this help
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{ printf "  make %-15s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{ printf "  make %-19s %s\n", $$1, $$2 }'
 
 setup: $(SETUP_STAMP) ## Create .venv with all dependencies and the package, runtime included
 
@@ -44,7 +44,7 @@ $(BIN)/python:
 # The package is installed again when the runtime changes: that rebuilds the native library.
 $(SETUP_STAMP): pyproject.toml $(filter-out runtime/test/%,$(RUNTIME_SOURCES)) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet "torch==2.13.0"
-	$(BIN)/python -m pip install --quiet --editable ".[torch,bench,dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[torch,bench,onnxruntime,dev]"
 	@touch $@
 
 runtime: setup asan ## Build the native runtime, and again under ASan and UBSan in build/asan
@@ -81,11 +81,32 @@ test-page: setup ## Test the memory page in headless Chromium, installed with ap
 	  || apt-get install --yes --no-install-recommends chromium
 	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_memory_page.py
 
+# Only where it is permitted: the tests that need these programs are skipped without them, and say so.
+qemu: ## Install qemu-user, and an ssh server and rsync to test with, by apt-get where that is permitted
+	command -v qemu-aarch64 && command -v rsync && { command -v sshd || test -x /usr/sbin/sshd; } \
+	  || apt-get install --yes --no-install-recommends qemu-user openssh-server rsync \
+	  || { apt-get update && apt-get install --yes --no-install-recommends qemu-user openssh-server rsync; } \
+	  || echo "Cannot install qemu-user, openssh-server and rsync here: what needs them is skipped."
+
+# The first time, zig compiles its C++ library for each architecture: minutes each. All of it is kept in .cache/pockc.
+CROSS ?= aarch64,armv7l,riscv64
+test-cross: setup qemu ## Cross-compile for other processors and test under emulation: CROSS=aarch64 for one of them
+	POCKC_CROSS=$(CROSS) $(BIN)/python -m pytest $(PYTEST_ARGS) tests/cross tests/test_deploy.py
+
 demo: data ## Fine-tune a real model on real data with four schemes, and compare them
 	$(BIN)/python -m benchmarks.demo
 
 verify-zoo: data ## Compare every zoo model and scheme with PyTorch, step by step
 	$(BIN)/python -m benchmarks.verify_zoo
+
+verify-onnx: setup ## Compare models for ONNX Runtime with PyTorch: trajectories, and CPU time of a step
+	$(BIN)/python -m benchmarks.verify_onnx
+
+verify-edge: setup qemu ## Train three models for five processor cores under emulation, against this machine: a table
+	$(BIN)/python -m benchmarks.verify_edge
+
+bench-instructions: setup qemu ## Count the instructions of a step on 64-bit ARM, sparse against full, by emulation
+	$(BIN)/python -m benchmarks.instruction_counts
 
 # Everything that is measured is made from random weights: no data is needed.
 bench-memory: setup ## Compare the memory of training with PyTorch's: tables, JSON, a picture

@@ -23,7 +23,8 @@ first: of an embedding table a step reads only the rows of its tokens, and the p
 
 Builds under a memory budget have a table of their own (memory_budget.py).
 
-Not measured, because the compiler has none: int8 weights and activations. That the chosen order of a small graph is the
+MCUNet with weights and activations of eight bits in its frozen prefix has a table of its own (memory_int8.py), beside
+the figure that was published for it. That the chosen order of a small graph is the
 best one is a matter of exact comparison: tests/passes/test_schedule.py.
 """
 
@@ -44,12 +45,11 @@ import torch
 from torch import nn
 
 import pockc
-from benchmarks import memory_budget, memory_peer, memory_plans, memory_tables, report, zoo
+from benchmarks import memory_budget, memory_int8, memory_peer, memory_plans, memory_tables, report, zoo
 from pockc import abi
 from pockc.build import ENTRIES
 from pockc.memory_report import LiveTensor
 from pockc.parity import LOSS_TOLERANCE
-from pockc.program import states
 
 PROCESS_SHARE, PROCESS_BYTES = 0.03, 1 << 20  # that resident memory may differ from the plan
 GROUPS_SHOWN = 12  # of the tensors alive at the peak, per case
@@ -212,7 +212,7 @@ def plan_case(case: Case) -> Plan:
         trained=tuple(program.metadata["trained"]),
         trained_elements=program.metadata["trained_elements"],
         model_bytes=_model_bytes(model),
-        trained_bytes=_trained_bytes(program),
+        trained_bytes=memory_int8.trained_bytes(program),
         arena_bytes=memory.arena_bytes,
         mapped_bytes=memory.peak_bytes - memory.arena_bytes,
         by_kind=dict(memory.by_kind),
@@ -244,11 +244,6 @@ def group_tensors(tensors: Sequence[LiveTensor]) -> list[dict[str, Any]]:
 def _model_bytes(model: nn.Module) -> int:
     tensors = [*model.parameters(), *model.buffers()]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _trained_bytes(program: pockc.Program) -> int:
-    known = states(program.entries)
-    return sum(known[name][0].type.nbytes for name in program.state_offset if known[name][1].kind == "parameter")
 
 
 def bench_process(model: Path) -> dict[str, Any]:
@@ -314,17 +309,21 @@ def run(
     started = time.perf_counter()
     known = known_answers(pytorch_from)
     results = [measure(case, known) for case in cases]
+    eight_bits = memory_int8.measure(small=quick) if any(case.key == memory_int8.CASE for case in cases) else []
     constrained = memory_budget.measure(budgets, small=quick)
     tightness = [result.plan.tightness for result in results]
     tightness += memory_plans.measure_tightness(random_schemes, small=quick) if random_schemes else []
     published = memory_plans.plan_published() if len(cases) == len(CASES) and not quick else []
     bars = [bar for result in results for bar in result.bars(judged=not quick)]
+    bars += memory_int8.bars(eight_bits)
     bars += memory_plans.tightness_bars(tightness) if tightness else []
     bars += [bar for result in constrained for bar in result.bars()]
     if results:
         memory_tables.print_cases(results, judged=not quick)
         missed = [result for result in results if not all(bar.met for bar in result.bars(judged=not quick))]
         memory_tables.print_peaks(missed)
+    if eight_bits:
+        memory_int8.print_results(eight_bits)
     if constrained:
         memory_budget.print_budgets(constrained)
     if published:
@@ -337,6 +336,7 @@ def run(
         "seconds": time.perf_counter() - started,
         "pytorch_from_earlier_run": bool(known),
         "cases": [result.as_json() for result in results],
+        "eight_bits": memory_int8.as_json(eight_bits),
         "budgets": [result.as_json() for result in constrained],
         "tightness": [{**asdict(result), "ratio": result.ratio} for result in tightness],
         "published": published,

@@ -41,7 +41,7 @@ def rescaled(node: Node, batch: int, start: int, samples: int) -> Mapping[str, A
     if "first_row" in node.attrs:
         logits = node.inputs[1 if node.op == "cross_entropy_grad" else 0]
         return {**node.attrs, "first_row": max(0, node.attrs["first_row"]) + start * (logits.type.shape[0] // batch)}
-    if node.op not in ("reshape", "expand"):
+    if node.op not in ("reshape", "expand", "unpack8"):
         return node.attrs
     rows, *rest = node.attrs["shape"]
     return {**node.attrs, "shape": (rows // batch * samples, *rest)}
@@ -105,6 +105,11 @@ def _attention(node: Node, batched: Batched) -> Roles | None:
     return None if stretched else found
 
 
+def _insert(node: Node, batched: Batched) -> Roles | None:
+    """What is filled, and the part, where the parts lie along another axis."""
+    return None if node.attrs["axis"] == 0 else (True, True)
+
+
 def _all_rows(node: Node, batched: Batched) -> Roles | None:
     return tuple(True for _ in node.inputs)
 
@@ -147,13 +152,15 @@ RULES: dict[str, Rule] = {
         "neg", "abs", "sign", "exp", "log", "sqrt", "rsqrt", "reciprocal", "sin", "cos", "tanh", "sigmoid", "erf",
         "softplus", "floor", "silu", "hardswish", "hardsigmoid", "gelu", "leaky_relu", "elu", "pow_scalar", "clip",
         "logical_not", "cast", "copy", "reshape", "range_mask", "conv2d", "max_pool2d", "avg_pool2d",
-        "conv2d_grad_input", "avg_pool2d_grad",
+        "conv2d_grad_input", "avg_pool2d_grad", "quantize", "dequantize", "lookup_int8", "conv2d_int8",
+        "max_pool2d_int8", "pack8", "unpack8",
     ),
     **_table(
         _aligned,
         "add", "sub", "mul", "div", "pow", "maximum", "minimum", "equal", "not_equal", "less", "less_equal", "greater",
         "greater_equal", "logical_and", "logical_or", "where", "rotary", "tanh_grad", "sigmoid_grad", "gelu_grad",
         "silu_grad", "hardswish_grad", "hardsigmoid_grad", "leaky_relu_grad", "elu_grad",
+        "add_int8",
     ),
     **_table(
         _only(0, _beyond_rows),
@@ -165,6 +172,7 @@ RULES: dict[str, Rule] = {
     **_table(_only(1), "embedding"),
     **_table(_masked, "apply_mask"),
     **_table(_concat, "concat"),
+    **_table(_insert, "insert"),
     **_table(_matmul, "matmul"),
     **_table(_attention, "attention", "attention_grad"),
     **_table(_all_rows, "max_pool2d_grad"),

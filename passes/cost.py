@@ -55,6 +55,11 @@ def _conv2d(node: Node) -> int:
     return node.outputs[0].type.elements * (weight.elements // weight.shape[0])
 
 
+def _conv2d_int8(node: Node) -> int:
+    weight = node.inputs[1].type
+    return node.outputs[0].type.elements * (weight.elements // weight.shape[-1])
+
+
 def _conv2d_grad_input(node: Node) -> int:
     ct, weight = (value.type for value in node.inputs)
     return ct.elements * (weight.elements // weight.shape[0])
@@ -83,6 +88,7 @@ def _scores(queries: tuple[int, ...], values: tuple[int, ...]) -> int:
 _PRODUCTS: dict[str, Callable[[Node], int]] = {
     "matmul": _matmul,
     "conv2d": _conv2d,
+    "conv2d_int8": _conv2d_int8,
     "conv2d_grad_input": _conv2d_grad_input,
     "conv2d_grad_weight": _conv2d_grad_weight,
     "attention": _attention,

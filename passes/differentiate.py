@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import NoReturn
 
 from pockc.errors import UserError
 from pockc.ir import Builder, Graph, Node, Value
@@ -62,8 +63,18 @@ def _active(nodes: Iterable[Node], targets: set[Value]) -> set[Value]:
     active = set(targets)
     for node in nodes:
         if any(value in active for value in node.inputs):
+            if node.op == "quantize":  # codes would end the path to the loss without a word
+                _refuse(node)
             active.update(output for output in node.outputs if output.type.dtype == "f32")
     return active
+
+
+def _refuse(node: Node) -> NoReturn:
+    raise UserError(
+        f"op {node.op} has no gradient, but the scheme trains a parameter that it depends on",
+        where=node.origin,
+        instead="Freeze what comes before it, or replace it in the model.",
+    )
 
 
 def _pull_back(
@@ -72,11 +83,7 @@ def _pull_back(
     """The gradients that one node contributes, per wanted operand (a value read twice comes twice)."""
     rule = OPS[node.op].vjp
     if rule is None:
-        raise UserError(
-            f"op {node.op} has no gradient, but the scheme trains a parameter that it depends on",
-            where=node.origin,
-            instead="Freeze what comes before it, or replace it in the model.",
-        )
+        _refuse(node)
     results = rule(builder, node, tuple(cotangents.get(output) for output in node.outputs), need)
     pairs = []
     for index in sorted(need):

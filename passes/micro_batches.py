@@ -179,11 +179,16 @@ class _Splitter:
         return self.builder.build(outputs, graph.updates)
 
     def _slice(self, value: Value, reader: Node, start: int, samples: int, remade: dict[Value, Value]) -> Value:
-        """The rows of an input, or of a table that has a row for each sample."""
-        source = self._made_of_states(value, remade)
+        """The rows of an input, of a table that has a row for each sample, or of what is filled part by part."""
         each = value.type.shape[0] // self.network.batch
-        self.builder.origin = reader.origin
         first, end = start * each, (start + samples) * each
+        maker = self.producers.get(value)
+        if maker is not None and maker.op == "expand" and not maker.inputs[0].type.shape:
+            self.builder.origin = maker.origin
+            shape = (end - first, *value.type.shape[1:])
+            return self.builder("expand", self._made_of_states(maker.inputs[0], remade), shape=shape, hint=value.name)
+        source = self._made_of_states(value, remade)
+        self.builder.origin = reader.origin
         return self.builder("slice", source, axis=0, start=first, stop=end, hint=value.name)
 
     def _add(self, node: Node, part: Value, samples: int) -> None:

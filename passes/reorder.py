@@ -9,7 +9,7 @@ from dataclasses import replace
 from pockc.ir import Builder, Graph, Node, Origin
 from pockc.passes import memory, schedule_exact, schedule_greedy, schedule_window
 from pockc.passes.lifetimes import storage_readers, storages, update_chains, updates_in_place
-from pockc.passes.schedule_model import problem_of
+from pockc.passes.schedule_model import Problem, problem_of
 from pockc.recipe import Recipe
 
 EXACT_NODES = 40  # graphs up to this size get the best order of all,
@@ -28,6 +28,15 @@ def run(graph: Graph, recipe: Recipe) -> Graph:
     if "reorder" in recipe.disabled:
         return _materialise_updates(graph)
     return _smallest(prepared(graph), recipe)
+
+
+def searched(graph: Graph, recipe: Recipe) -> Graph:
+    """As `run`, but for live bytes alone: how well buffers fit together is not tried. For passes that only weigh."""
+    if "reorder" in recipe.disabled:
+        return _materialise_updates(graph)
+    graph = prepared(graph)
+    problem = problem_of(graph, recipe.workspace)
+    return _ordered(graph, _least(problem, max(problem.lower_bound(), recipe.sufficient)))
 
 
 def prepared(graph: Graph) -> Graph:
@@ -117,22 +126,26 @@ def _reachable(start: int, followers: list[list[int]]) -> set[int]:
 def _smallest(graph: Graph, recipe: Recipe) -> Graph:
     """The nodes in the order of least peak memory that the searches find.
 
-    Where buffers do not fit together well in that order, a large graph may get a similar one that needs less in all.
+    Where buffers do not fit together well in that order, the graph may get a similar one that needs less in all.
     """
     problem = problem_of(graph, recipe.workspace)
-    given = tuple(range(problem.count))
-    least = max(problem.lower_bound(), recipe.sufficient)
-    order = schedule_greedy.improved(problem, given, least)
-    if problem.count <= EXACT_NODES and problem.peak(order) > least:
-        order, _ = schedule_exact.optimum(problem, order, EXACT_BUDGET)
-        return _ordered(graph, order)
-    order = schedule_window.refined(problem, order, least)
+    order = _least(problem, max(problem.lower_bound(), recipe.sufficient))
     best = _ordered(graph, order)
     placement = memory.run(best, recipe.workspace)
     if placement.nbytes <= max(placement.max_live_bytes * FITS_WELL, recipe.sufficient):
         return best
     similar = _ordered(graph, schedule_greedy.order_under(problem, order, problem.peak(order)))
     return min(best, similar, key=lambda ordered: memory.run(ordered, recipe.workspace).nbytes)
+
+
+def _least(problem: Problem, least: int) -> tuple[int, ...]:
+    """The order with the least live bytes that the searches find; they stop where it needs no more than ``least``."""
+    order = schedule_greedy.improved(problem, tuple(range(problem.count)), least)
+    if problem.count > EXACT_NODES:
+        return schedule_window.refined(problem, order, least)
+    if problem.peak(order) > least:
+        order, _ = schedule_exact.optimum(problem, order, EXACT_BUDGET)
+    return order
 
 
 def _ordered(graph: Graph, order: Iterable[int]) -> Graph:

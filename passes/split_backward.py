@@ -49,7 +49,7 @@ def run(graph: Graph, recipe: Recipe) -> Graph:
     batch = batch_of(graph)
     if batch < 2 or not graph.updates:
         return graph
-    ordered = reorder.run(graph, recipe)
+    ordered = reorder.searched(graph, recipe)
     segments, limit = _segments(ordered, batch, recipe)
     if not segments:
         return graph

@@ -40,7 +40,7 @@ def run(graph: Graph, recipe: Recipe) -> Graph:
     batch = batch_of(graph)
     if batch < 2:
         return graph
-    ordered = reorder.run(graph, recipe)
+    ordered = reorder.searched(graph, recipe)
     if live(ordered, recipe.workspace).max() <= recipe.sufficient:
         return graph
     network = analyse(eager(ordered, recipe), batch)
@@ -90,7 +90,7 @@ def _reordered(network: Network, cut: Cut, size: int, recipe: Recipe) -> tuple[i
     parts = parts_of(network.batch, size)
     candidates = [split(network, cut, parts, ahead=ahead) for ahead in (False, True)]
     best = min(candidates, key=lambda candidate: live(candidate, recipe.workspace).max())
-    after = reorder.run(best, recipe)
+    after = reorder.searched(best, recipe)
     return int(live(after, recipe.workspace).max()), after
 
 

@@ -36,7 +36,7 @@ def run(graph: Graph, recipe: Recipe) -> Graph:
 
 def _choose(graph: Graph, recipe: Recipe) -> dict[str, int]:
     """How many tiles each chain gets, by its name; none where the peak would hardly be lower."""
-    ordered = reorder.run(graph, recipe)
+    ordered = reorder.searched(graph, recipe)
     chains = find(ordered, recipe)
     rest = needed_outside(ordered, {node for chain in chains for node in (*chain.nodes, chain.end)}, recipe)
     needs = [_needs(ordered, chains, count, recipe) for count in COUNTS]
@@ -48,6 +48,17 @@ def _choose(graph: Graph, recipe: Recipe) -> dict[str, int]:
         chain.name: next(count for count, need in zip(COUNTS, needs, strict=True) if need[chain.name] <= limit)
         for chain in chains
     }
+
+
+def least_needs(graph: Graph, chains: list[Chain], recipe: Recipe) -> dict[str, int]:
+    """The peak of each chain in the tiles that make it smallest, by its name; in given tiles, where they are given."""
+    if "tile-channels" in recipe.disabled:
+        return _needs(graph, chains, 1, recipe)
+    if recipe.tiles is not None:
+        given = {count: _needs(graph, chains, count, recipe) for count in {1, *recipe.tiles.values()}}
+        return {chain.name: given[recipe.tiles.get(chain.name, 1)][chain.name] for chain in chains}
+    needs = [_needs(graph, chains, count, recipe) for count in COUNTS]
+    return {chain.name: min(need[chain.name] for need in needs) for chain in chains}
 
 
 def _needs(graph: Graph, chains: list[Chain], count: int, recipe: Recipe) -> dict[str, int]:

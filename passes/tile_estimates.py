@@ -17,12 +17,15 @@ from pockc.recipe import Recipe
 
 def needed_outside(graph: Graph, inside: AbstractSet[Node], recipe: Recipe) -> int:
     """What the other nodes than those ``inside`` need at the least, whatever their order."""
+    nodes = zip(graph.nodes, needed(graph, recipe).tolist(), strict=True)
+    return max((nbytes for node, nbytes in nodes if node not in inside), default=0)
+
+
+def needed(graph: Graph, recipe: Recipe) -> npt.NDArray[np.int64]:
+    """What each node needs at the least, whatever their order; sample by sample where that is possible."""
     split = splittable(graph, recipe)
-    needed = problem_of(graph, recipe.workspace).needed()
-    needed = np.where([node in split for node in graph.nodes], np.minimum(needed, live_estimate(graph, recipe)), needed)
-    return max(
-        (nbytes for node, nbytes in zip(graph.nodes, needed.tolist(), strict=True) if node not in inside), default=0
-    )
+    least = problem_of(graph, recipe.workspace).needed()
+    return np.where([node in split for node in graph.nodes], np.minimum(least, live_estimate(graph, recipe)), least)
 
 
 def splittable(graph: Graph, recipe: Recipe) -> frozenset[Node]:

@@ -82,7 +82,7 @@ def _gradients(graph: Graph) -> list[_Gradient]:
 
 def _choose(graph: Graph, recipe: Recipe) -> dict[str, int]:
     """How many parts each gradient gets, by its parameter; none where the peak would hardly be lower."""
-    ordered = reorder.run(graph, recipe)
+    ordered = reorder.searched(graph, recipe)
     gradients = _gradients(ordered)
     chains = find(ordered, recipe) if "tile-channels" not in recipe.disabled else []
     inside = {node for chain in chains for node in (*chain.nodes, chain.end)}

@@ -197,10 +197,10 @@ def _tile_width(head: Head) -> int:
 
 def _worthwhile(graph: Graph, candidate: Graph, recipe: Recipe) -> bool:
     slower = max(0.0, sum(map(seconds, candidate.nodes)) / sum(map(seconds, graph.nodes)) - 1)
-    after = max(memory.live_peak(reorder.run(candidate, recipe), recipe.workspace), recipe.sufficient)
+    after = max(memory.live_peak(reorder.searched(candidate, recipe), recipe.workspace), recipe.sufficient)
     if 1 - after / reorder.least_peak(graph, recipe) > slower:
         return True
-    before = memory.live_peak(reorder.run(graph, recipe), recipe.workspace)  # a search that takes its time
+    before = memory.live_peak(reorder.searched(graph, recipe), recipe.workspace)  # a search that takes its time
     return 1 - after / before > slower
 
 

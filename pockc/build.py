@@ -7,10 +7,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
+from pockc import calibration as ranges
 from pockc.budget import Alternative, advised, within
 from pockc.errors import BudgetError, UserError, near_names
 from pockc.ir import Graph
@@ -19,14 +20,17 @@ from pockc.optim import AdamW, Optimizer
 from pockc.passes import memory
 from pockc.passes.channel_chains import tiles_of
 from pockc.passes.lifetimes import update_chains
-from pockc.pipeline import ACCUMULATE, COMMON, EVAL, INFER, LOWER, TOGETHER, TRAIN, Manager, Pass
+from pockc.pipeline import ACCUMULATE, COMMON, EVAL, INFER, LOWERINGS, TOGETHER, TRAIN, Manager, Pass
 from pockc.program import Program, place_states
-from pockc.recipe import BatchNorm, FrozenDtype, Recipe, StateDtype
+from pockc.recipe import BatchNorm, FrozenDtype, PrefixDtype, Recipe, SavedDtype, StateDtype
 from pockc.scheme import Channels, Scheme, detect_family, resolve
 from pockc.targets import devices
-from pockc.targets.native import NATIVE, workspace_of
+from pockc.targets import find as find_target
+from pockc.targets.devices import Device
+from pockc.targets.native import workspace_of
 
 Inputs = Mapping[str, Any] | tuple[Any, ...]
+Calibration = Mapping[str, Any] | Literal["example"] | None
 ENTRIES = ("train_step", "eval_step", "infer")
 
 
@@ -37,7 +41,7 @@ def build(
     optimizer: Optimizer | None = None,
     scheme: str | Path | Scheme = "full",
     batchnorm: BatchNorm = "fold",
-    device: str = "x86-64",
+    device: str | Device = "x86-64",
     *,
     accumulation: int = 1,
     state_dtype: StateDtype = "f32",
@@ -48,7 +52,11 @@ def build(
     disabled: frozenset[str] = frozenset(),
     compare_full: bool = False,
     frozen_dtype: FrozenDtype = "f32",
+    prefix_dtype: PrefixDtype = "f32",
+    calibration: Calibration = None,
+    saved_dtype: SavedDtype = "f32",
     entries: Collection[str] = ENTRIES,
+    target: str = "native",
 ) -> Program:
     """Compile one training step of a PyTorch model.
 
@@ -60,7 +68,8 @@ def build(
         optimizer: `pockc.SGD`, `Adam`, `AdamW` or `Lion`; ``AdamW()`` if None.
         scheme: what is updated: a preset, a YAML file, or a `Scheme`.
         batchnorm: ``fold`` and ``freeze`` keep the statistics, ``fold`` also gamma; ``train`` updates them.
-        device: a name of `pockc devices`.
+        device: a name of `pockc devices`, a ``.yaml`` file that describes a board, or a record of
+            `pockc.targets.devices`.
         accumulation: micro-steps whose mean gradient makes one optimizer step.
         state_dtype: how optimizer slots are stored: ``f32``, or ``int8``, a byte each and a scale for every 256.
         loss_options: ``label_smoothing``, ``ignore_index`` (cross entropy), ``delta`` (huber).
@@ -73,8 +82,16 @@ def build(
         compare_full: also plan the scheme ``full``, and keep its memory in the metadata for comparison.
         frozen_dtype: how the program stores large frozen weights: ``f32``, ``bf16``, ``int8`` (a scale per output
             channel) or ``int4`` (a scale per 32 elements). Kernels decode them; what is trained stays float32.
+        prefix_dtype: ``int8`` computes what lies in front of everything trained with eight-bit weights and activations,
+            the same in every entry.
+        calibration: what ``int8`` activations have to cover, as samples: an array per input, samples along the first
+            axis, of which tens to hundreds do; or ``example`` for the example inputs.
+        saved_dtype: how activations wait for the backward pass: ``f32``, or ``int8``, a byte each and a scale for every
+            128. Losses are those of the parameters, to the last bit; gradients become approximate.
         entries: what the program can do: ``train_step``, which is always there, ``eval_step`` and ``infer``. The arena
             has room for the largest of them.
+        target: ``native``, or ``onnxruntime``: ONNX models of the same steps, which plain ONNX Runtime runs. It plans
+            its own memory, so that ``memory_budget``, ``micro_batch`` and compact dtypes do not apply.
 
     Returns:
         The program: ``save`` it, look at ``memory`` and ``text("train_step")``.
@@ -85,6 +102,9 @@ def build(
     """
     optimizer = optimizer or AdamW()
     _check_options(loss, batchnorm, accumulation, frozen_dtype)
+    if saved_dtype not in get_args(SavedDtype):
+        raise UserError(f"saved_dtype is {saved_dtype!r}", supported=", ".join(get_args(SavedDtype)))
+    _check_prefix(prefix_dtype, calibration, batchnorm)
     _check_state_dtype(state_dtype, optimizer)
     _check_entries(entries)
     if memory_budget is not None and memory_budget <= 0:
@@ -94,7 +114,7 @@ def build(
         optimizer=optimizer,
         scheme=scheme,
         batchnorm=batchnorm,
-        device=device,
+        device=device if isinstance(device, Device) else devices.find(device),
         accumulation=accumulation,
         state_dtype=state_dtype,
         loss_options=dict(loss_options or {}),
@@ -104,8 +124,13 @@ def build(
         disabled=disabled,
         compare_full=compare_full,
         frozen_dtype=frozen_dtype,
+        prefix_dtype=prefix_dtype,
+        calibration=calibration,
+        saved_dtype=saved_dtype,
         entries=tuple(entries),
+        target=target,
     )
+    _check_target(options)
     try:
         return _build(model, example_inputs, options)
     except BudgetError as error:
@@ -120,7 +145,7 @@ class Options:
     optimizer: Optimizer
     scheme: str | Path | Scheme
     batchnorm: BatchNorm
-    device: str
+    device: Device
     accumulation: int
     state_dtype: StateDtype
     loss_options: Mapping[str, float]
@@ -130,7 +155,11 @@ class Options:
     disabled: frozenset[str]
     compare_full: bool
     frozen_dtype: FrozenDtype
+    prefix_dtype: PrefixDtype
+    calibration: Calibration
+    saved_dtype: SavedDtype
     entries: tuple[str, ...]
+    target: str
 
 
 def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
@@ -138,7 +167,7 @@ def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
 
     started = time.perf_counter()
     loss, batchnorm = options.loss, options.batchnorm
-    target = devices.find(options.device)
+    device = options.device
     imported = trace(model, example_inputs, loss=loss, batchnorm=batchnorm)
     needs_eval_graph = bool(getattr(model, "training", False)) or batchnorm == "train"
     evaluated = (
@@ -166,15 +195,22 @@ def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
         accumulation=options.accumulation,
         state_dtype=options.state_dtype,
         frozen_dtype=options.frozen_dtype,
-        threads=target.threads,
-        workspace=workspace_of(target.threads),
+        saved_dtype=options.saved_dtype,
+        threads=device.threads,
+        workspace=workspace_of(device.threads),
         micro_batch=options.micro_batch,
         updated_buffers=frozenset(state.name for state in imported.graph.updates),
         disabled=options.disabled,
     )
 
+    if options.prefix_dtype == "int8":
+        samples = _samples(model, example_inputs, options.calibration)
+        common = Manager(recipe, find_target(options.target).supports).run("calibrate", COMMON, imported.graph)
+        recipe = replace(recipe, prefix_ranges=ranges.measure(common, recipe, samples))
+
     def planned(recipe: Recipe) -> Program:
-        return _plan(recipe, imported.graph, evaluated.graph if evaluated else None, options.seed, options.entries)
+        make = _plan if options.target == "native" else partial(_lower, options.target)
+        return make(recipe, imported.graph, evaluated.graph if evaluated else None, options.seed, options.entries)
 
     budget = options.memory_budget
     program = planned(recipe) if budget is None else within(budget, recipe, planned)
@@ -189,7 +225,11 @@ def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
         "state_dtype": options.state_dtype,
         "batchnorm": batchnorm,
         "frozen_dtype": options.frozen_dtype,
-        "device": target.name,
+        "prefix_dtype": options.prefix_dtype,
+        "saved_dtype": options.saved_dtype,
+        "target": options.target,
+        "device": device.name,
+        **({} if device.name in devices.DEVICES else {"board": device.as_json()}),
         "aliases": dict(imported.aliases),
         "trained": [name for name in recipe.trained if name not in without_gradient],
         "trained_elements": _trained_elements(program.entries["train_step"]),
@@ -198,7 +238,7 @@ def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
         **program.metadata,
         "build_seconds": round(time.perf_counter() - started, 3),
     }
-    if options.compare_full:
+    if options.compare_full and options.target == "native":
         full = replace(recipe, trained=resolved("full"), decisions={})
         memory_of_full = program if full.trained == recipe.trained and budget is None else planned(full)
         metadata["full_memory"] = memory_of_full.memory.totals()
@@ -221,7 +261,9 @@ def _alternatives(model: Any, example_inputs: Inputs, options: Options) -> Itera
     images = [x for x in tensors if len(x.shape) == 4 and x.shape[2] == x.shape[3] >= 64]
     for pixels in (images[0].shape[2] // 2,) if images else ():
         smaller = _mapped(example_inputs, lambda x, n=pixels: x[:, :, :n, :n] if len(x.shape) == 4 else x)
-        yield Alternative(f"images of {pixels} by {pixels} pixels", partial(_build, model, smaller, options))
+        # Samples are of another size; memory is the same with any.
+        measured = replace(options, calibration="example") if options.calibration else options
+        yield Alternative(f"images of {pixels} by {pixels} pixels", partial(_build, model, smaller, measured))
 
 
 def _mapped(example_inputs: Inputs, function: Callable[..., Any]) -> Inputs:
@@ -232,14 +274,12 @@ def _mapped(example_inputs: Inputs, function: Callable[..., Any]) -> Inputs:
 
 def _plan(recipe: Recipe, train_graph: Graph, eval_graph: Graph | None, seed: int, wanted: Collection[str]) -> Program:
     """A program from training and evaluation graph, whose metadata says what the passes did."""
-    manager = Manager(recipe, NATIVE.supports)
-    entries, without_gradient = _entries(manager, train_graph, eval_graph, seed, wanted)
+    manager = Manager(recipe, find_target("native").supports)
+    entries, without_gradient = _entries("native", manager, train_graph, eval_graph, seed, wanted)
+    entries = manager.run_together(TOGETHER, entries)
     placements = {name: memory.run(graph, recipe.workspace) for name, graph in entries.items()}
     state_offset, state_bytes = place_states(entries)
     transient = max(placement.nbytes for placement in placements.values())
-    timings = [
-        {"entry": entry, "pass": name, "ms": round(ms, 3), "nodes": nodes} for entry, name, ms, nodes in manager.timings
-    ]
     return Program(
         entries=entries,
         placements=placements,
@@ -248,8 +288,45 @@ def _plan(recipe: Recipe, train_graph: Graph, eval_graph: Graph | None, seed: in
         arena_bytes=state_bytes + transient,
         max_threads=recipe.threads,
         accumulation=recipe.accumulation,
-        metadata={"without_gradient": sorted(without_gradient), "memory_plan": recipe.decisions, "passes": timings},
+        metadata={
+            "without_gradient": sorted(without_gradient),
+            "memory_plan": recipe.decisions,
+            "passes": _timings(manager),
+        },
     )
+
+
+def _lower(
+    target: str,
+    recipe: Recipe,
+    train_graph: Graph,
+    eval_graph: Graph | None,
+    seed: int,
+    wanted: Collection[str],
+) -> Program:
+    """As `_plan`, for a target that places nothing but the states here."""
+    backend = find_target(target)
+    manager = Manager(recipe, backend.supports)
+    entries, without_gradient = _entries(target, manager, train_graph, eval_graph, seed, wanted)
+    state_offset, state_bytes = place_states(entries)
+    return Program(
+        entries={name: backend.lower(graph) for name, graph in entries.items()},
+        placements={},
+        state_offset=state_offset,
+        state_bytes=state_bytes,
+        arena_bytes=state_bytes,
+        max_threads=recipe.threads,
+        accumulation=recipe.accumulation,
+        metadata={"without_gradient": sorted(without_gradient), "passes": _timings(manager)},
+        target=target,
+    )
+
+
+def _timings(manager: Manager) -> list[dict[str, Any]]:
+    """What `pockc build` and `inspect` show of the passes."""
+    return [
+        {"entry": entry, "pass": name, "ms": round(ms, 3), "nodes": nodes} for entry, name, ms, nodes in manager.timings
+    ]
 
 
 def _persistent_buffers(model: Any, parameters: Mapping[str, Any], aliases: Mapping[str, str]) -> list[str]:
@@ -268,6 +345,37 @@ def _check_options(loss: object, batchnorm: str, accumulation: int, frozen_dtype
         raise UserError(f"loss is {loss!r}", supported="a name, a callable loss(output, labels), or None")
 
 
+def _check_prefix(prefix_dtype: str, calibration: Calibration, batchnorm: str) -> None:
+    if prefix_dtype not in get_args(PrefixDtype):
+        raise UserError(f"prefix_dtype is {prefix_dtype!r}", supported=", ".join(get_args(PrefixDtype)))
+    if prefix_dtype == "f32" and calibration is not None:
+        raise UserError("calibration samples are for prefix_dtype 'int8', but it is 'f32'")
+    if prefix_dtype == "f32":
+        return
+    if calibration is None:
+        raise UserError(
+            "prefix_dtype is 'int8', but there are no samples to measure the ranges of activations with",
+            supported="calibration: an array of samples per model input; or 'example', the example inputs",
+            instead="Give tens to hundreds of training samples, as --calibrate data.npz or --calibrate example.",
+        )
+    if isinstance(calibration, str) and calibration != "example":
+        raise UserError(f"calibration is the text {calibration!r}", supported="arrays by input name, or 'example'")
+    if batchnorm == "train":
+        raise UserError(
+            "prefix_dtype is 'int8', but batchnorm 'train' updates the statistics that it would fold",
+            supported="batchnorm fold, freeze",
+        )
+
+
+def _samples(model: Any, example_inputs: Inputs, calibration: Calibration) -> Mapping[str, Any]:
+    """The calibration samples, as arrays by input name."""
+    from pockc.frontend.torch_parity import named_arrays
+
+    if isinstance(calibration, Mapping):
+        return {name: np.asarray(array) for name, array in calibration.items()}
+    return named_arrays(model, example_inputs)
+
+
 def _check_state_dtype(state_dtype: str, optimizer: Optimizer) -> None:
     if state_dtype not in get_args(StateDtype):
         raise UserError(f"state_dtype is {state_dtype!r}", supported=", ".join(get_args(StateDtype)))
@@ -277,6 +385,29 @@ def _check_state_dtype(state_dtype: str, optimizer: Optimizer) -> None:
             f"state_dtype is 'int8', but {name} without momentum keeps no state",
             supported="SGD with momentum, Adam, AdamW, Lion",
             instead="Leave state_dtype out.",
+        )
+
+
+def _check_target(options: Options) -> None:
+    """Raise UserError for a target that is unknown, or options that it does not have."""
+    target = options.target
+    if target not in LOWERINGS:
+        hint = near_names(target, LOWERINGS)
+        raise UserError(f"there is no target {target!r} to build for", supported=", ".join(LOWERINGS), instead=hint)
+    if target == "native":
+        return
+    given = {
+        "memory_budget": options.memory_budget is not None,
+        "micro_batch": options.micro_batch > 0,
+        "state_dtype": options.state_dtype != "f32",
+        "frozen_dtype": options.frozen_dtype != "f32",
+        "prefix_dtype": options.prefix_dtype != "f32",
+        "saved_dtype": options.saved_dtype != "f32",
+    }
+    if unused := next((name for name, is_given in given.items() if is_given), None):
+        raise UserError(
+            f"the target {target} has no {unused}: it plans its own memory, and computes in float32",
+            instead=f"Leave {unused} out, or build for the target native.",
         )
 
 
@@ -302,20 +433,21 @@ def _batchnorm_scales(modules: Mapping[str, str]) -> frozenset[str]:
 
 
 def _entries(
-    manager: Manager, train_graph: Graph, eval_graph: Graph | None, seed: int, wanted: Collection[str]
+    target: str, manager: Manager, train_graph: Graph, eval_graph: Graph | None, seed: int, wanted: Collection[str]
 ) -> tuple[dict[str, Graph], set[str]]:
-    """The wanted entry graphs, scheduled, and the trained parameters that no gradient reaches."""
+    """The wanted entry graphs, lowered for the target, and the trained parameters that no gradient reaches."""
     common = manager.run("common", COMMON, _seeded(train_graph, seed))
     quiet = manager.run("common-eval", COMMON, eval_graph) if eval_graph is not None else common
     has_loss = manager.recipe.loss is not None
 
     def entry(name: str, passes: tuple[Pass, ...], graph: Graph) -> Graph:
-        return manager.run(name, (*passes, *LOWER), graph)
+        return manager.run(name, (*passes, *LOWERINGS[target]), graph)
 
     entries = {"train_step": entry("train_step", TRAIN, common)}
-    planned = memory.run(entries["train_step"], manager.recipe.workspace).nbytes
-    tiles = tiles_of(entries["train_step"])
-    manager.recipe = replace(manager.recipe, sufficient=planned, tiles=tiles)
+    if target == "native":
+        planned = memory.run(entries["train_step"], manager.recipe.workspace).nbytes
+        tiles = tiles_of(entries["train_step"])
+        manager.recipe = replace(manager.recipe, sufficient=planned, tiles=tiles)
     if manager.recipe.accumulation > 1:
         entries["accumulate"] = entry("accumulate", ACCUMULATE, common)
     if "eval_step" in wanted:
@@ -324,7 +456,7 @@ def _entries(
     if predictions and "infer" in wanted:
         entries["infer"] = entry("infer", INFER, _only(_without_updates(quiet), predictions))
     updated = {state.name for state in entries["train_step"].updates}
-    return manager.run_together(TOGETHER, entries), {name for name in manager.recipe.trained if name not in updated}
+    return entries, {name for name in manager.recipe.trained if name not in updated}
 
 
 def _seeded(graph: Graph, seed: int) -> Graph:

@@ -12,13 +12,15 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from pockc.budget import parse_size
+from pockc.calibration import load_samples
 from pockc.cli_model import load_model, make_loss, make_optimizer
 from pockc.errors import UserError
 from pockc.optim import Schedule
 from pockc.scheme import Scheme
+from pockc.sizes import parse_size
 
 BUILT_FROM = "built_from"  # in a program's metadata: the record that `record` makes and `recorded` reads
+EXAMPLE = "example"  # calibration by the example inputs
 FUNCTION = "A function that returns (model, example_inputs), as model.py:make."
 
 
@@ -55,6 +57,13 @@ class Choices:
     frozen_dtype: Annotated[str, typer.Option(help="How large frozen weights are stored: f32, bf16, int8 or int4.")] = (
         "f32"
     )
+    prefix_dtype: Annotated[
+        str, typer.Option(help="How what lies in front of everything trained is computed: f32, or int8.")
+    ] = "f32"
+    calibrate: Annotated[
+        str | None, typer.Option(help="Samples that int8 activations shall cover: an .npz file, or `example`.")
+    ] = None
+    saved_dtype: Annotated[str, typer.Option(help="How activations wait for the backward pass: f32, or int8.")] = "f32"
     entries: Annotated[str, typer.Option(help="What the program can do; train_step is needed.")] = (
         "train_step,eval_step,infer"
     )
@@ -64,6 +73,10 @@ class Choices:
     micro_batch: Annotated[
         int, typer.Option(min=0, help="Samples that run through the step at a time; 0: all, or what a budget needs.")
     ] = 0
+
+    target: Annotated[
+        str, typer.Option(help="native, or onnxruntime: the same steps as ONNX models for plain ONNX Runtime.")
+    ] = "native"
 
     def arguments(self, scheme: Scheme | None = None) -> dict[str, Any]:
         """Keyword arguments that `pockc.build` and `verify_against_torch` have in common.
@@ -98,10 +111,18 @@ class Choices:
             "seed": self.seed,
             "state_dtype": self.state_dtype,
             "frozen_dtype": self.frozen_dtype,
+            "prefix_dtype": self.prefix_dtype,
+            "calibration": self.calibration(),
+            "saved_dtype": self.saved_dtype,
             "entries": tuple(name.strip() for name in self.entries.split(",")),
             "memory_budget": parse_size(self.memory_budget) if self.memory_budget else None,
             "micro_batch": self.micro_batch,
+            "target": self.target,
         }
+
+    def calibration(self) -> Any:
+        """What `pockc.build` takes as such. Raises UserError where the file cannot be read."""
+        return load_samples(Path(self.calibrate)) if self.calibrate not in (None, EXAMPLE) else self.calibrate
 
     def changed(self) -> list[str]:
         """The options that are not at their defaults, as they are written."""
@@ -111,8 +132,9 @@ class Choices:
         return [f"--{name.replace('_', '-')}" for name in given]
 
     def sources(self) -> dict[str, str]:
-        """The files that name functions, each with the SHA-256 of its contents."""
+        """The files that the build reads beside the scheme, each with the SHA-256 of its contents."""
         named = [text.rpartition(":")[0] for text in (self.model, self.loss) if ":" in text]
+        named += [self.calibrate] if self.calibrate not in (None, EXAMPLE) else []
         return {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in named}
 
 

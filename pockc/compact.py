@@ -90,10 +90,17 @@ def _codes(x: Array, scale: Array, low: int, high: int) -> Array:
     return np.clip(np.rint(steps, out=steps), low, high, out=steps)
 
 
+def quantized_rows(array: Array) -> tuple[Array, Array]:
+    """A scale per index of the first axis, f32, and codes from -127 to 127 in the array's shape, int8."""
+    rows = np.ascontiguousarray(array, np.float32).reshape(array.shape[0], -1)
+    scale = np.abs(rows).max(axis=1, keepdims=True) / np.float32(127)
+    return scale[:, 0], _codes(rows, scale, -127, 127).astype(np.int8).reshape(array.shape)
+
+
 def _encode_q8(rows: Array, encoded: Bytes) -> None:
-    scale = (np.abs(rows).max(axis=1, keepdims=True) / np.float32(127)).astype("<f4")
-    encoded[:, :4] = scale.view(np.uint8)
-    encoded[:, 4 : 4 + rows.shape[1]] = _codes(rows, scale, -127, 127).astype(np.int8).view(np.uint8)
+    scale, codes = quantized_rows(rows)
+    encoded[:, :4] = scale.astype("<f4")[:, None].view(np.uint8)
+    encoded[:, 4 : 4 + rows.shape[1]] = codes.view(np.uint8)
 
 
 def _decode_q8(raw: Bytes, columns: int) -> Array:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import memory, memory_peer, memory_plans, zoo
+from benchmarks import memory, memory_int8, memory_peer, memory_plans, zoo
 from pockc.memory_report import LiveTensor
 
 pytestmark = pytest.mark.torch
@@ -89,6 +89,20 @@ def test_random_schemes_are_the_same_in_every_run_and_differ_from_each_other() -
 
     assert schemes() == schemes()
     assert len(set(schemes())) == 5
+
+
+@pytest.mark.native
+@pytest.mark.slow
+def test_eight_bits_take_less_memory_and_change_the_loss_a_little() -> None:
+    results = memory_int8.measure(small=False)  # of small images the peak is behind the prefix
+    plain, _, prefix = results
+
+    assert all(bar.met for bar in memory_int8.bars(results))
+    assert prefix.arena_bytes < plain.arena_bytes
+    assert prefix.mapped_bytes < 0.3 * plain.mapped_bytes
+    assert prefix.transient_bytes_of_one_thread <= prefix.transient_bytes
+    differences = [entry["loss_difference"] for entry in memory_int8.as_json(results)]
+    assert differences[0] == 0 < differences[1] < differences[2] < 0.1
 
 
 @pytest.mark.native

@@ -106,7 +106,7 @@ def _conv2d_rule(
     require(len(x.shape) == 4 and len(w.shape) == 4, f"x and w must have four axes, not {x} and {w}")
     batch, *size, channels = x.shape
     filters, *kernel, _ = w.shape
-    _require_groups(channels, filters, groups)
+    require_groups(channels, filters, groups)
     expected = TensorType((filters, *kernel, channels // groups), w.dtype)
     require_type("w", w, expected)
     if bias is not None:
@@ -116,7 +116,8 @@ def _conv2d_rule(
     return f32(batch, height, width, filters)
 
 
-def _require_groups(channels: int, filters: int, groups: int) -> None:
+def require_groups(channels: int, filters: int, groups: int) -> None:
+    """Raise ValueError unless a convolution between that many channels can have that many groups."""
     divides = groups > 0 and channels % groups == 0 and filters % groups == 0
     require(divides, f"{groups} groups do not divide {channels} input and {filters} output channels")
 
@@ -278,7 +279,7 @@ def _conv2d_grad_weight_rule(
     groups: int = 1,
 ) -> TensorType:
     require(len(x.shape) == 4 and len(ct.shape) == 4, f"x and ct must have four axes, not {x} and {ct}")
-    _require_groups(x.shape[3], ct.shape[3], groups)
+    require_groups(x.shape[3], ct.shape[3], groups)
     w = f32(ct.shape[3], *kernel, x.shape[3] // groups)
     require_type("ct", ct, _conv2d_rule(x, w, stride=stride, padding=padding, dilation=dilation, groups=groups))
     return w

@@ -12,13 +12,15 @@ from pockc.ops import Sample, define
 from pockc.ops.common import f32, require, require_dtype, require_type, torch_gradient, unary_vjp
 from pockc.ops.conv import Padding, Pair, cropped, padded, padded_zeros, taps, window_output
 
+MOST_TAPS = 255  # of a window, whose positions are numbered in one byte
+
 
 def _require_image(x: TensorType) -> None:
     require_dtype("x", x, "f32")
     require(len(x.shape) == 4, f"x must be f32[N,H,W,C], not {x}")
 
 
-def _require_no_empty_window(size: Pair, kernel: Pair, stride: Pair, padding: Padding, dilation: Pair) -> None:
+def require_no_empty_window(size: Pair, kernel: Pair, stride: Pair, padding: Padding, dilation: Pair) -> None:
     """Every window must see at least one element that is not padding."""
     output = window_output(size, kernel, stride, padding, dilation)
     inside = padded(np.ones((1, *size, 1), np.bool_), padding, 0)
@@ -35,8 +37,8 @@ def _max_pool2d_rule(
     _require_image(x)
     batch, height, width, channels = x.shape
     output = window_output((height, width), kernel, stride, padding, dilation)
-    require(kernel[0] * kernel[1] <= 255, f"a window of {kernel} has more than 255 positions")
-    _require_no_empty_window((height, width), kernel, stride, padding, dilation)
+    require(kernel[0] * kernel[1] <= MOST_TAPS, f"a window of {kernel} has more than {MOST_TAPS} positions")
+    require_no_empty_window((height, width), kernel, stride, padding, dilation)
     shape = (batch, *output, channels)
     return f32(*shape), TensorType(shape, "u8")
 
@@ -150,7 +152,7 @@ def _avg_pool2d_rule(
     batch, height, width, channels = x.shape
     output = window_output((height, width), kernel, stride, padding, (1, 1))
     if not count_include_pad:
-        _require_no_empty_window((height, width), kernel, stride, padding, (1, 1))
+        require_no_empty_window((height, width), kernel, stride, padding, (1, 1))
     return f32(batch, *output, channels)
 
 

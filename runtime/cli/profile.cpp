@@ -12,18 +12,18 @@ namespace {
 constexpr size_t kMostCalls = 25;  // that are listed one by one
 
 // `[8,56,56,24] [144,1,1,24] > [8,56,56,144]`
-std::string shapes(const Program& program, const CallRecord& call) {
+std::string shapes(const Program& program, const EntryRecord& entry, const CallRecord& call) {
   std::string text;
-  const auto add = [&](const std::vector<uint32_t>& tensors) {
+  const auto add = [&](const Span<uint32_t>& tensors) {
     for (const uint32_t index : tensors) {
       const Tensor& type = program.tensors[index].type;
       text += ShapeText(type.rank, type.dims).text;
       text += ' ';
     }
   };
-  add(call.inputs);
+  add(entry.inputs_of(call));
   text += "> ";
-  add(call.outputs);
+  add(entry.outputs_of(call));
   text.pop_back();
   return text;
 }
@@ -79,7 +79,7 @@ void Profile::print(const Program& program) const {
   for (size_t i = 0; i < std::min(order.size(), kMostCalls); ++i) {
     const CallRecord& call = entry_.calls[order[i]];
     std::printf("%-28s %12.3f  %s  %s\n", program.strings[call.op].c_str(), milliseconds(order[i]),
-                shapes(program, call).c_str(), program.strings[call.origin].c_str());
+                shapes(program, entry_, call).c_str(), program.strings[call.origin].c_str());
   }
 }
 
@@ -89,7 +89,7 @@ std::string Profile::json(const Program& program) const {
     const CallRecord& call = entry_.calls[i];
     JsonObject object;
     object.add("op", program.strings[call.op]).add("origin", program.strings[call.origin]);
-    object.add("shapes", shapes(program, call));
+    object.add("shapes", shapes(program, entry_, call));
     object.add("cpu_ms", milliseconds(i));
     text += (i == 0 ? "" : ", ") + object.text();
   }

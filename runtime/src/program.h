@@ -62,13 +62,35 @@ struct Argument {
   uint32_t tensor;
 };
 
+// Neighbours in an array.
+struct Range {
+  uint32_t first = 0;
+  uint32_t count = 0;
+};
+
+template <typename T>
+class Span {
+ public:
+  Span(const std::vector<T>& array, Range range) : data_(array.data() + range.first), size_(range.count) {}
+  const T* data() const { return data_; }
+  size_t size() const { return size_; }
+  const T* begin() const { return data_; }
+  const T* end() const { return data_ + size_; }
+  const T& operator[](size_t index) const { return data_[index]; }
+
+ private:
+  const T* data_;
+  size_t size_;
+};
+
+// There are thousands of calls: a vector for each list would take more memory than what is in it.
 struct CallRecord {
   uint32_t op = 0;      // index into strings
   uint32_t origin = 0;  // index into strings
-  std::vector<uint32_t> inputs;
-  std::vector<uint32_t> outputs;
-  std::vector<int64_t> ints;
-  std::vector<double> floats;
+  Range inputs;         // in EntryRecord::operands
+  Range outputs;
+  Range ints;
+  Range floats;
   uint64_t workspace_offset = 0;
   uint64_t workspace_bytes = 0;
 };
@@ -78,6 +100,12 @@ struct EntryRecord {
   std::vector<Argument> inputs;
   std::vector<Argument> outputs;
   std::vector<CallRecord> calls;
+  std::vector<uint32_t> operands;  // indices of tensors, of all calls
+  std::vector<int64_t> ints;
+  std::vector<double> floats;
+
+  Span<uint32_t> inputs_of(const CallRecord& call) const { return {operands, call.inputs}; }
+  Span<uint32_t> outputs_of(const CallRecord& call) const { return {operands, call.outputs}; }
 };
 
 struct Bytes {

@@ -77,9 +77,10 @@ Status check_arguments(const Program& program, const EntryRecord& entry,
 // The slots of one byte per element are bytes of which each is a valid code.
 // Others may use integers as indices, which must not change between the kernel's range check and their use.
 bool replaces_integers(const std::string& op) {
-  static const char* const kOps[] = {
-      "add",     "sub",    "mul",         "maximum",    "minimum",     "neg",       "abs",   "copy",
-      "reshape", "insert", "logical_and", "logical_or", "logical_not", "momentum8", "adam8", "lion8"};
+  static const char* const kOps[] = {"add",         "sub",        "mul",         "maximum",   "minimum",
+                                     "neg",         "abs",        "copy",        "reshape",   "insert",
+                                     "logical_and", "logical_or", "logical_not", "momentum8", "adam8",
+                                     "lion8",       "add_int8",   "lookup_int8"};
   for (const char* name : kOps) {
     if (op == name) return true;
   }
@@ -93,26 +94,27 @@ bool may_share(const TensorRecord& input, const TensorRecord& output, const std:
   return output.type.dtype == DType::kF32 || replaces_integers(op);
 }
 
-const char* find_overlap(const Program& program, const CallRecord& call) {
+const char* find_overlap(const Program& program, const EntryRecord& entry, const CallRecord& call) {
   const std::string& op = program.strings[call.op];
-  for (size_t i = 0; i < call.outputs.size(); ++i) {
-    const TensorRecord& output = program.tensors[call.outputs[i]];
+  const Span<uint32_t> inputs = entry.inputs_of(call), outputs = entry.outputs_of(call);
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    const TensorRecord& output = program.tensors[outputs[i]];
     if (output.storage != Storage::kArena) return "an output is not in the arena";
     if (overlap(output.offset, output.bytes, call.workspace_offset, call.workspace_bytes)) {
       return "an output overlaps the workspace";
     }
     for (size_t j = 0; j < i; ++j) {
-      const TensorRecord& other = program.tensors[call.outputs[j]];
+      const TensorRecord& other = program.tensors[outputs[j]];
       if (overlap(output.offset, output.bytes, other.offset, other.bytes)) return "two outputs overlap";
     }
-    for (uint32_t index : call.inputs) {
+    for (uint32_t index : inputs) {
       const TensorRecord& input = program.tensors[index];
       if (input.storage != Storage::kArena) continue;
       if (!overlap(output.offset, output.bytes, input.offset, input.bytes)) continue;
       if (!may_share(input, output, op)) return "an output overlaps an input";
     }
   }
-  for (uint32_t index : call.inputs) {
+  for (uint32_t index : inputs) {
     const TensorRecord& input = program.tensors[index];
     if (input.storage != Storage::kArena) continue;
     if (overlap(input.offset, input.bytes, call.workspace_offset, call.workspace_bytes)) {
@@ -122,7 +124,7 @@ const char* find_overlap(const Program& program, const CallRecord& call) {
   return nullptr;
 }
 
-bool all_below(const std::vector<uint32_t>& indices, size_t limit) {
+bool all_below(Span<uint32_t> indices, size_t limit) {
   for (uint32_t index : indices) {
     if (index >= limit) return false;
   }
@@ -134,14 +136,14 @@ Status check_call(const Program& program, const EntryRecord& entry, size_t index
   const char* problem = nullptr;
   if (call.op >= program.strings.size() || call.origin >= program.strings.size()) {
     problem = "its op or origin is no string of the table";
-  } else if (!all_below(call.inputs, program.tensors.size()) ||
-             !all_below(call.outputs, program.tensors.size())) {
+  } else if (!all_below(entry.inputs_of(call), program.tensors.size()) ||
+             !all_below(entry.outputs_of(call), program.tensors.size())) {
     problem = "an operand is no tensor of the table";
   } else if (call.workspace_offset % kAlignment != 0 ||
              !fits(call.workspace_offset, call.workspace_bytes, program.arena_bytes)) {
     problem = "its workspace lies outside the arena";
   } else {
-    problem = find_overlap(program, call);
+    problem = find_overlap(program, entry, call);
   }
   if (problem == nullptr) return PK_OK;
   return fail(PK_BAD_FILE, "call %zu of entry `%s` is corrupt: %s", index, entry.name.c_str(), problem);

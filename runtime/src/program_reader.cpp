@@ -13,7 +13,7 @@ constexpr uint32_t kMaxCalls = 1u << 20;
 constexpr uint32_t kMaxStrings = 1u << 20;
 constexpr uint32_t kMaxEntries = 64;
 constexpr uint32_t kMaxText = 4096;
-constexpr uint32_t kMaxOperands = 64;
+constexpr uint32_t kMaxOperands = 1u << 14;
 constexpr uint32_t kMaxAttributes = 256;
 constexpr uint32_t kMaxArguments = 1u << 16;
 constexpr uint64_t kMaxBytes = 1ull << 40;
@@ -85,13 +85,22 @@ void read_list(ByteReader& reader, uint32_t limit, uint64_t item_bytes, std::vec
   for (T& item : *list) item = read();
 }
 
-Status read_call(ByteReader& reader, size_t index, CallRecord* call) {
+// Appends a list to the array of its entry.
+template <typename T, typename Read>
+Range append_list(ByteReader& reader, uint32_t limit, std::vector<T>* array, Read read) {
+  const Range range{static_cast<uint32_t>(array->size()), reader.count(limit, sizeof(T))};
+  for (uint32_t i = 0; i < range.count; ++i) array->push_back(read());
+  return range;
+}
+
+Status read_call(ByteReader& reader, size_t index, EntryRecord* entry) {
+  CallRecord* call = &entry->calls[index];
   call->op = reader.u32();
   call->origin = reader.u32();
-  read_list(reader, kMaxOperands, 4, &call->inputs, [&] { return reader.u32(); });
-  read_list(reader, kMaxOperands, 4, &call->outputs, [&] { return reader.u32(); });
-  read_list(reader, kMaxAttributes, 8, &call->ints, [&] { return reader.i64(); });
-  read_list(reader, kMaxAttributes, 8, &call->floats, [&] { return reader.f64(); });
+  call->inputs = append_list(reader, kMaxOperands, &entry->operands, [&] { return reader.u32(); });
+  call->outputs = append_list(reader, kMaxOperands, &entry->operands, [&] { return reader.u32(); });
+  call->ints = append_list(reader, kMaxAttributes, &entry->ints, [&] { return reader.i64(); });
+  call->floats = append_list(reader, kMaxAttributes, &entry->floats, [&] { return reader.f64(); });
   call->workspace_offset = reader.u64();
   call->workspace_bytes = reader.u64();
   return reader.failed() ? truncated("call", index) : PK_OK;
@@ -112,7 +121,10 @@ Status read_entry(ByteReader& reader, size_t index, EntryRecord* entry) {
   const uint32_t calls = reader.count(kMaxCalls, 40);
   if (reader.failed()) return truncated("entry", index);
   entry->calls.resize(calls);
-  for (size_t i = 0; i < calls; ++i) POCKC_TRY(read_call(reader, i, &entry->calls[i]));
+  for (size_t i = 0; i < calls; ++i) POCKC_TRY(read_call(reader, i, entry));
+  entry->operands.shrink_to_fit();
+  entry->ints.shrink_to_fit();
+  entry->floats.shrink_to_fit();
   return PK_OK;
 }
 

@@ -38,9 +38,7 @@ Status Session::create(const Program& program, const SessionSettings& settings) 
 Status Session::bind_entry(const EntryRecord& record, const SessionSettings& settings, BoundEntry* entry) {
   entry->record = &record;
   entry->calls.resize(record.calls.size());
-  size_t operand_count = 0;
-  for (const CallRecord& call : record.calls) operand_count += call.inputs.size() + call.outputs.size();
-  entry->operands.resize(operand_count);
+  entry->operands.resize(record.operands.size());
 
   Tensor* operand = entry->operands.data();
   for (size_t i = 0; i < record.calls.size(); ++i) {
@@ -49,20 +47,20 @@ Status Session::bind_entry(const EntryRecord& record, const SessionSettings& set
     bound.record = &source;
     bound.end = source.workspace_bytes == 0 ? 0 : source.workspace_offset + source.workspace_bytes;
     bound.call.inputs = operand;
-    bound.call.input_count = static_cast<int32_t>(source.inputs.size());
-    bound.call.outputs = operand + source.inputs.size();
-    bound.call.output_count = static_cast<int32_t>(source.outputs.size());
-    for (const std::vector<uint32_t>* list : {&source.inputs, &source.outputs}) {
-      for (uint32_t index : *list) {
+    bound.call.input_count = static_cast<int32_t>(source.inputs.count);
+    bound.call.outputs = operand + source.inputs.count;
+    bound.call.output_count = static_cast<int32_t>(source.outputs.count);
+    for (const Span<uint32_t>& list : {record.inputs_of(source), record.outputs_of(source)}) {
+      for (uint32_t index : list) {
         const TensorRecord& tensor = program_->tensors[index];
         *operand++ = tensor.type;
         if (tensor.storage == Storage::kArena && tensor.end() > bound.end) bound.end = tensor.end();
       }
     }
-    bound.call.ints = source.ints.data();
-    bound.call.int_count = static_cast<int32_t>(source.ints.size());
-    bound.call.floats = source.floats.data();
-    bound.call.float_count = static_cast<int32_t>(source.floats.size());
+    bound.call.ints = record.ints.data() + source.ints.first;
+    bound.call.int_count = static_cast<int32_t>(source.ints.count);
+    bound.call.floats = record.floats.data() + source.floats.first;
+    bound.call.float_count = static_cast<int32_t>(source.floats.count);
     bound.call.workspace_bytes = source.workspace_bytes;
     bound.call.pool = pool_;
     POCKC_TRY(bind_call(settings, &bound));
@@ -74,6 +72,12 @@ Status Session::bind_call(const SessionSettings& settings, BoundCall* bound) con
   const char* op = text(bound->record->op);
   const char* origin = text(bound->record->origin);
   const KernelEntry* reference = find_reference(op);
+  if (reference == nullptr && is_specialised()) {
+    return fail(PK_UNSUPPORTED,
+                "op `%s` at %s is not in this pock-run, which has the kernels of another program alone: use "
+                "the one that was built with this program",
+                op, origin);
+  }
   if (reference == nullptr) {
     return fail(PK_UNSUPPORTED,
                 "op `%s` at %s is not in this runtime (%s): use the runtime that came with the compiler", op,
@@ -118,8 +122,10 @@ Tensor Session::bound_tensor(uint32_t index) const {
 void Session::set_pointers(BoundEntry* entry) {
   Tensor* operand = entry->operands.data();
   for (BoundCall& bound : entry->calls) {
-    for (uint32_t index : bound.record->inputs) (operand++)->data = address(program_->tensors[index]);
-    for (uint32_t index : bound.record->outputs) (operand++)->data = address(program_->tensors[index]);
+    for (uint32_t index : entry->record->inputs_of(*bound.record))
+      (operand++)->data = address(program_->tensors[index]);
+    for (uint32_t index : entry->record->outputs_of(*bound.record))
+      (operand++)->data = address(program_->tensors[index]);
     if (bound.call.workspace_bytes > 0) bound.call.workspace = arena_ + bound.record->workspace_offset;
   }
 }

@@ -117,6 +117,16 @@ OPS = frozenset(
         "cross_entropy_of_tiles",
         "cross_entropy_grad_tile",
         "count_correct_of_tiles",
+        # eight-bit inference
+        "quantize",
+        "dequantize",
+        "lookup_int8",
+        "add_int8",
+        "conv2d_int8",
+        "max_pool2d_int8",
+        # saved activations
+        "pack8",
+        "unpack8",
         # optimizers
         "sgd",
         "momentum",

@@ -92,14 +92,22 @@ def _shim() -> ctypes.CDLL:
 
 
 def _build() -> Path:
-    """Build the library where it is out of date; parallel test processes wait for each other."""
+    return build_target("kernel_shim").parent / "test" / "libkernel_shim.so"
+
+
+def build_target(name: str, *options: str) -> Path:
+    """Build a target of the runtime where it is out of date; parallel test processes wait for each other.
+
+    Returns:
+        Where a program of that name is.
+    """
     folder = ROOT / "build" / "test-kernels"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        _command("cmake", "-S", str(ROOT / "runtime"), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release")
-        _command("cmake", "--build", str(folder), "--target", "kernel_shim", "-j", "2")
-    return folder / "test" / "libkernel_shim.so"
+        _command("cmake", "-S", str(ROOT / "runtime"), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release", *options)
+        _command("cmake", "--build", str(folder), "--target", name, "-j", "2")
+    return folder / name
 
 
 def _command(*words: str) -> None:

@@ -52,8 +52,9 @@ void single_output(const Row& row, int64_t i) {
   });
 }
 
-// Outputs [i, i + Tile). Where Edge is set, inputs outside of the image count as zero and outputs past the
-// end of the row are not stored.
+// Outputs [i, i + Tile) of at least one whole vector of channels: the last vector may overlap the one before
+// it, and writes the same sums again. Where Edge is set, inputs outside of the image count as zero and
+// outputs past the end of the row are not stored.
 template <int Taps, int Step, int Tile, bool Edge>
 POCKC_INLINE void tile_outputs(const Row& row, int64_t i) {
   constexpr int kInputs = (Tile - 1) * Step + Taps;
@@ -63,7 +64,8 @@ POCKC_INLINE void tile_outputs(const Row& row, int64_t i) {
   bool inside[kInputs];
   for (int j = 0; j < kInputs; ++j) inside[j] = !Edge || (first + j >= 0 && first + j < row.width);
   const int64_t stored = Edge ? minimum<int64_t>(Tile, row.count - i) : Tile;
-  for_vectors(0, channels, [&](int64_t c, int64_t valid) POCKC_LAMBDA {
+  for (int64_t begin = 0; begin < channels; begin += W) {
+    const int64_t c = minimum<int64_t>(begin, channels - W);
     vf sum[Tile];
     POCKC_UNROLL
     for (int t = 0; t < Tile; ++t) sum[t] = vf{};
@@ -72,19 +74,19 @@ POCKC_INLINE void tile_outputs(const Row& row, int64_t i) {
       const float* w = row.w[r] + weight_start + c;
       vf x[kInputs];
       POCKC_UNROLL
-      for (int j = 0; j < kInputs; ++j) x[j] = !Edge || inside[j] ? load_n(from + j * channels, valid) : vf{};
+      for (int j = 0; j < kInputs; ++j) x[j] = !Edge || inside[j] ? load(from + j * channels) : vf{};
       POCKC_UNROLL
       for (int s = 0; s < Taps; ++s) {
-        const vf weight = load_n(w + s * weight_step, valid);
+        const vf weight = load(w + s * weight_step);
         POCKC_UNROLL
         for (int t = 0; t < Tile; ++t) sum[t] = fma(x[t * Step + s], weight, sum[t]);
       }
     }
     POCKC_UNROLL
     for (int t = 0; t < Tile; ++t) {
-      if (!Edge || t < stored) finish(row, sum[t], i + t, c, valid);
+      if (!Edge || t < stored) finish(row, sum[t], i + t, c, W);
     }
-  });
+  }
 }
 
 template <int Taps, int Step, int Tile>
@@ -99,14 +101,12 @@ void run_tiles(const Row& row) {
   }
 }
 
-// The tile that wastes least: widths are mostly 7, 14, 28, ... or multiples of 4 and 6.
+// The tile that wastes least: widths are mostly 7, 14, 28, ... or multiples of 4. Each size is unrolled code
+// of its own, hence no more of them.
 template <int Taps, int Step>
 void run_row_fast(const Row& row) {
-  const auto padded = [&](int64_t tile) { return round_up(row.count, tile); };
-  if (padded(7) <= padded(6) && padded(7) <= padded(4)) {
+  if (round_up(row.count, 7) <= round_up(row.count, 4)) {
     run_tiles<Taps, Step, 7>(row);
-  } else if (padded(6) <= padded(4)) {
-    run_tiles<Taps, Step, 6>(row);
   } else {
     run_tiles<Taps, Step, 4>(row);
   }
@@ -114,7 +114,7 @@ void run_row_fast(const Row& row) {
 
 void run_row(const Row& row) {
   const auto is = [&](int taps, int64_t step) {
-    return row.adjacent && row.taps == taps && row.step == step;
+    return row.adjacent && row.channels >= W && row.taps == taps && row.step == step;
   };
   if (is(3, 1)) {
     run_row_fast<3, 1>(row);
@@ -125,9 +125,9 @@ void run_row(const Row& row) {
   } else if (is(5, 2)) {
     run_row_fast<5, 2>(row);
   } else if (is(2, 1)) {
-    run_row_fast<2, 1>(row);
+    run_tiles<2, 1, 7>(row);
   } else if (is(1, 1)) {
-    run_row_fast<1, 1>(row);
+    run_tiles<1, 1, 7>(row);
   } else {
     for (int64_t i = 0; i < row.count; ++i) single_output(row, i);
   }
