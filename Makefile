@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 SETUP_STAMP := $(VENV)/.setup-stamp
 ASAN_DIR := build/asan
+PEERS_DIR := .cache/peers
+PEERS := $(basename $(notdir $(wildcard benchmarks/speed_sides/requirements/*.txt)))
 
 RUNTIME_SOURCES := $(shell find runtime -type f 2>/dev/null)
 CPP_SOURCES := $(shell find runtime -type f \( -name '*.h' -o -name '*.hpp' -o -name '*.c' -o -name '*.cpp' \) 2>/dev/null)
@@ -25,7 +27,7 @@ test test-python test-page test-cross update-golden: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup runtime asan data lint test test-cpp test-python test-page qemu test-cross demo verify-zoo verify-edge verify-onnx bench-memory bench-ablate bench-instructions sweep update-golden clean distclean
+.PHONY: help setup runtime asan data lint test test-cpp test-python test-page qemu test-cross demo verify-zoo verify-edge verify-onnx bench-memory peers bench-speed bench-all bench-kernels bench-ablate bench-instructions sweep update-golden clean distclean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{ printf "  make %-19s %s\n", $$1, $$2 }'
@@ -109,6 +111,31 @@ bench-instructions: setup qemu ## Count the instructions of a step on 64-bit ARM
 # Everything that is measured is made from random weights: no data is needed.
 bench-memory: setup ## Compare the memory of training with PyTorch's: tables, JSON, a picture
 	$(BIN)/python -m benchmarks.memory
+
+# Libraries that the speed benchmark compares with have environments of their own; see speed_sides/requirements.
+peers: $(PEERS:%=$(PEERS_DIR)/%/.stamp) ## Install TensorFlow, JAX and other libraries to compare the speed with
+
+$(PEERS_DIR)/%/.stamp: benchmarks/speed_sides/requirements/%.txt | $(SETUP_STAMP)
+	rm -rf $(@D)
+	mkdir -p $(@D)
+	$(BIN)/python -m venv --without-pip $(@D)
+	$(BIN)/python -m pip --python $(@D)/bin/python install --quiet --requirement $<
+	$(if $(NEEDS_PYTORCH),$(BIN)/python $(SITE_PACKAGES) > "$$($(@D)/bin/python $(SITE_PACKAGES))/pytorch.pth")
+	@touch $@
+
+# They export models with PyTorch, that of .venv: what is not in their own environment is looked for there.
+$(PEERS_DIR)/onnxruntime/.stamp: NEEDS_PYTORCH = yes
+SITE_PACKAGES = -c 'import site; print(site.getsitepackages()[0])'
+
+# PyTorch alone, and no longer than this compiles: what is compiled is kept, and the next run goes on from there.
+bench-speed: setup ## Compare the time of a training step with PyTorch's: tables, JSON, a picture
+	$(BIN)/python -m benchmarks.speed --compile-minutes 3
+
+bench-all: setup peers ## The same with all peers, on one thread and on two; takes hours the first time
+	$(BIN)/python -m benchmarks.speed --ways all --threads 1 2 --output out/speed-all.json
+
+bench-kernels: setup ## Show what each kernel reaches of this machine's limits, and PyTorch beside it
+	$(BIN)/python -m benchmarks.kernels
 
 bench-ablate: setup ## Show what each pass of the compiler buys, in bytes and milliseconds
 	$(BIN)/pockc bench benchmarks/zoo.py:mobilenet_v2 --batch-size 8 --scheme sparse --ablate --json out/ablation.json

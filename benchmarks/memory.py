@@ -31,7 +31,6 @@ best one is a matter of exact comparison: tests/passes/test_schedule.py.
 import argparse
 import json
 import math
-import platform
 import re
 import subprocess
 import sys
@@ -296,20 +295,6 @@ def measure(case: Case, known: Mapping[str, dict[str, memory_peer.Answer]]) -> R
     return result
 
 
-def machine() -> dict[str, Any]:
-    """What the figures may depend on."""
-    sizes = Path("/proc/meminfo").read_text(encoding="ascii").split()
-    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {
-        "processor": models[0].partition(": ")[2] if models else platform.machine(),
-        "memory_bytes": int(sizes[1]) * 1024,
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "pockc": pockc.__version__,
-    }
-
-
 def run(
     cases: Sequence[Case],
     output: Path,
@@ -349,7 +334,7 @@ def run(
     if quick:
         print("quick: small models, to which the bars of the cases do not apply")
     content = {
-        "machine": machine(),
+        "machine": report.machine(),
         "quick": quick,
         "seconds": time.perf_counter() - started,
         "pytorch_from_earlier_run": bool(known),

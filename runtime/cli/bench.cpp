@@ -4,6 +4,7 @@
 
 #include "commands.h"
 #include "error.h"
+#include "profile.h"
 
 namespace pockc::cli {
 namespace {
@@ -41,14 +42,15 @@ void read_weights(const Program& program) {
   static_cast<void>(sink);
 }
 
-Status time_steps(Model* model, int64_t steps, StepTimer* timer) {
-  const EntryRecord* entry = model->entry("train_step");
-  if (entry == nullptr) return PK_NOT_FOUND;
+Status time_steps(Model* model, const EntryRecord* entry, int64_t steps, StepTimer* timer, Profile* profile) {
   std::vector<const char*> names;
   for (const Argument& argument : entry->inputs) names.push_back(argument.name.c_str());
   std::vector<pk_tensor> tensors(names.size());
   for (int64_t i = 0; i < kWarmUpSteps + steps; ++i) {
-    if (i == kWarmUpSteps) timer->clear();
+    if (i == kWarmUpSteps) {
+      timer->clear();
+      profile->clear();
+    }
     POCKC_TRY(fill_inputs(&model->session, *entry, &tensors));
     timer->start();
     POCKC_TRY(model->session.run("train_step", names.data(), tensors.data(),
@@ -65,7 +67,11 @@ int bench(const Options& options) {
   StepTimer timer;
   if (model.open(options) != PK_OK) return report_failure();
   if (options.read_weights) read_weights(model.program);
-  if (time_steps(&model, options.steps, &timer) != PK_OK) return report_failure();
+  const EntryRecord* entry = model.entry("train_step");
+  if (entry == nullptr) return report_failure();
+  Profile profile(*entry);
+  if (options.profile) model.session.set_observer(&profile);
+  if (time_steps(&model, entry, options.steps, &timer, &profile) != PK_OK) return report_failure();
   const pk_memory memory = model.session.memory();
   std::printf("wall  %.3f ms/step median, %.3f 95th percentile\n", timer.wall(0.5), timer.wall(0.95));
   std::printf("CPU   %.3f ms/step median, %.3f 95th percentile\n", timer.cpu(0.5), timer.cpu(0.95));
@@ -73,12 +79,14 @@ int bench(const Options& options) {
               format_bytes(memory.used_peak_bytes).c_str(), format_bytes(memory.mapped_bytes).c_str());
   std::printf("RSS   %s before load, %s after, %s at the peak\n", format_bytes(model.resident_before).c_str(),
               format_bytes(model.resident_after).c_str(), format_bytes(peak_resident_bytes()).c_str());
+  if (options.profile) profile.print(model.program);
   if (options.json.empty()) return 0;
   JsonObject report;
   report.add("steps", static_cast<int64_t>(timer.steps())).add("ms_per_step", timer.mean_wall());
   report.add("ms_per_step_median", timer.wall(0.5)).add("ms_per_step_p95", timer.wall(0.95));
   report.add("cpu_ms_per_step", timer.mean_cpu()).add("cpu_ms_per_step_median", timer.cpu(0.5));
   report.add("cpu_ms_per_step_p95", timer.cpu(0.95));
+  if (options.profile) report.add_json("profile", profile.json(model.program));
   model.describe(&report);
   return write_report(options.json, report.text() + "\n") == PK_OK ? 0 : report_failure();
 }

@@ -42,8 +42,19 @@ struct Tile {
   int64_t bias_column;
 };
 
+constexpr int64_t kLineFloats = 16;     // of a cache line
+constexpr int64_t kPrefetchDepth = 64;  // shorter sums are done before a line of C could arrive
+
 template <int R, int V, bool RowMajor>
 void micro_kernel(const Tile& t) {
+  // C is needed when the sums are done: by then it is here.
+  if (t.depth >= kPrefetchDepth) {
+    POCKC_UNROLL
+    for (int i = 0; i < R; ++i) {
+      POCKC_UNROLL
+      for (int j = 0; j < V * W; j += kLineFloats) __builtin_prefetch(t.c[i] + t.column + j, 1);
+    }
+  }
   vf sum[R][V];
   POCKC_UNROLL
   for (int i = 0; i < R; ++i) {
