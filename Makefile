@@ -25,7 +25,7 @@ test test-python test-page update-golden: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup runtime asan data lint test test-cpp test-python test-page demo verify-zoo bench-memory bench-ablate sweep update-golden clean distclean
+.PHONY: help setup runtime asan data lint test fuzz test-cpp test-python test-page demo verify-zoo bench-memory bench-ablate sweep update-golden clean distclean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -78,6 +78,11 @@ test-page: setup ## Test the memory page in headless Chromium, installed with ap
 	command -v chromium || command -v chromium-browser || command -v google-chrome \
 	  || apt-get install --yes --no-install-recommends chromium
 	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/test_memory_page.py
+
+FUZZ_SECONDS ?= 600
+
+fuzz: asan ## Feed changed programs, checkpoints and archives to the readers for ten minutes (FUZZ_SECONDS)
+	sh runtime/fuzz/run.sh $(FUZZ_SECONDS) $(BIN)/python $(CURDIR)/$(BIN)/cmake $(CURDIR)/$(BIN)/ninja
 
 demo: data ## Fine-tune a real model on real data with four schemes, and compare them
 	$(BIN)/python -m benchmarks.demo
