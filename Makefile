@@ -27,7 +27,7 @@ test test-python test-page test-cross update-golden: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup runtime asan data lint test test-cpp test-python test-page qemu test-cross demo verify-zoo verify-edge verify-onnx bench-memory peers bench-speed bench-all bench-kernels bench-ablate bench-instructions sweep update-golden clean distclean
+.PHONY: help setup runtime asan data lint test fuzz test-cpp test-python test-page qemu test-cross demo verify-zoo verify-edge verify-onnx bench-memory peers bench-speed bench-all bench-kernels bench-ablate bench-instructions sweep update-golden clean distclean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{ printf "  make %-19s %s\n", $$1, $$2 }'
@@ -92,6 +92,11 @@ qemu: ## Install qemu-user, and an ssh server and rsync to test with, by apt-get
 CROSS ?= aarch64,armv7l,riscv64
 test-cross: setup qemu ## Cross-compile for other processors and test under emulation: CROSS=aarch64 for one of them
 	POCKC_CROSS=$(CROSS) $(BIN)/python -m pytest $(PYTEST_ARGS) tests/cross tests/test_deploy.py
+
+FUZZ_SECONDS ?= 600
+
+fuzz: asan ## Feed changed programs, checkpoints and archives to the readers for ten minutes (FUZZ_SECONDS)
+	sh runtime/fuzz/run.sh $(FUZZ_SECONDS) $(BIN)/python $(CURDIR)/$(BIN)/cmake $(CURDIR)/$(BIN)/ninja
 
 demo: data ## Fine-tune a real model on real data with four schemes, and compare them
 	$(BIN)/python -m benchmarks.demo

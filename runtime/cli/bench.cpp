@@ -2,6 +2,7 @@
 #include <cstdio>
 #include <cstring>
 
+#include "board.h"
 #include "commands.h"
 #include "error.h"
 #include "profile.h"
@@ -42,6 +43,14 @@ void read_weights(const Program& program) {
   static_cast<void>(sink);
 }
 
+int64_t batch_size(const Program& program, const EntryRecord& entry) {
+  for (const Argument& input : entry.inputs) {
+    const Tensor& type = program.tensors[input.tensor].type;
+    if (type.rank > 0) return type.dims[0];
+  }
+  return 1;
+}
+
 Status time_steps(Model* model, const EntryRecord* entry, int64_t steps, StepTimer* timer, Profile* profile) {
   std::vector<const char*> names;
   for (const Argument& argument : entry->inputs) names.push_back(argument.name.c_str());
@@ -72,13 +81,23 @@ int bench(const Options& options) {
   Profile profile(*entry);
   if (options.profile) model.session.set_observer(&profile);
   if (time_steps(&model, entry, options.steps, &timer, &profile) != PK_OK) return report_failure();
+  const Board board = read_board("");  // while the clock is still that of the steps
   const pk_memory memory = model.session.memory();
+  const double samples_per_second =
+      1e3 * static_cast<double>(batch_size(model.program, *entry)) / timer.wall(0.5);
+  const int64_t resident = peak_resident_bytes() - model.resident_before;
   std::printf("wall  %.3f ms/step median, %.3f 95th percentile\n", timer.wall(0.5), timer.wall(0.95));
   std::printf("CPU   %.3f ms/step median, %.3f 95th percentile\n", timer.cpu(0.5), timer.cpu(0.95));
+  std::printf("speed %.2f samples/s, batch %lld, %d threads, %s\n", samples_per_second,
+              static_cast<long long>(batch_size(model.program, *entry)), model.threads, best_isa());
   std::printf("arena %s, used %s, mapped weights %s\n", format_bytes(memory.arena_bytes).c_str(),
               format_bytes(memory.used_peak_bytes).c_str(), format_bytes(memory.mapped_bytes).c_str());
   std::printf("RSS   %s before load, %s after, %s at the peak\n", format_bytes(model.resident_before).c_str(),
               format_bytes(model.resident_after).c_str(), format_bytes(peak_resident_bytes()).c_str());
+  std::printf("peak  %s planned (arena and mapped weights), %s more resident than before the load\n",
+              format_bytes(memory.arena_bytes + memory.mapped_bytes).c_str(),
+              format_bytes(static_cast<uint64_t>(resident > 0 ? resident : 0)).c_str());
+  std::printf("%s", describe(board).c_str());
   if (options.profile) profile.print(model.program);
   if (options.json.empty()) return 0;
   JsonObject report;
@@ -87,7 +106,11 @@ int bench(const Options& options) {
   report.add("cpu_ms_per_step", timer.mean_cpu()).add("cpu_ms_per_step_median", timer.cpu(0.5));
   report.add("cpu_ms_per_step_p95", timer.cpu(0.95));
   if (options.profile) report.add_json("profile", profile.json(model.program));
+  report.add("samples_per_second", samples_per_second).add("batch_size", batch_size(model.program, *entry));
+  report.add("planned_peak_bytes", static_cast<int64_t>(memory.arena_bytes + memory.mapped_bytes));
+  report.add("rss_added_peak_bytes", resident);
   model.describe(&report);
+  add_board(board, &report);
   return write_report(options.json, report.text() + "\n") == PK_OK ? 0 : report_failure();
 }
 

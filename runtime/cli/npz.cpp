@@ -160,6 +160,16 @@ const NumpyArray* Npz::find(const std::string& name) const {
 Status Npz::open(const std::string& path) {
   path_ = path;
   POCKC_TRY(file_.open(path.c_str()));
+  return read();
+}
+
+Status Npz::open_bytes(const std::string& what, Bytes bytes) {
+  path_ = what;
+  file_.borrow(bytes.data, bytes.size);
+  return read();
+}
+
+Status Npz::read() {
   std::vector<Member> members;
   POCKC_TRY(read_directory(&members));
   for (const Member& member : members) {

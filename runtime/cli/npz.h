@@ -31,6 +31,8 @@ class Npz {
  public:
   // Checks the archive, every checksum and every header.
   Status open(const std::string& path);
+  // The same from memory that outlives the object; `what` names it in messages.
+  Status open_bytes(const std::string& what, Bytes bytes);
 
   const std::string& path() const { return path_; }
   const std::vector<NumpyArray>& arrays() const { return arrays_; }
@@ -38,6 +40,7 @@ class Npz {
 
  private:
   struct Member;
+  Status read();
   Status read_directory(std::vector<Member>* members) const;
   Status locate(const Member& member, Bytes* out) const;
   Status expand(const Member& member, Bytes packed, Bytes* out);

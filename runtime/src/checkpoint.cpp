@@ -125,8 +125,12 @@ Status Session::save(const char* path, const char* cursor_json) const {
 Status Session::load(const char* path) {
   MappedFile mapping;
   POCKC_TRY(mapping.open(path));
+  return load_bytes(path, Bytes{mapping.data(), mapping.size()});
+}
+
+Status Session::load_bytes(const char* path, Bytes bytes) {
   SafetensorsFile file;
-  POCKC_TRY(read_safetensors(path, Bytes{mapping.data(), mapping.size()}, &file));
+  POCKC_TRY(read_safetensors(path, bytes, &file));
   POCKC_TRY(check_metadata(path, file, *program_));
   uint32_t micro_step = 0;
   const std::string* cursor = file.find_metadata("cursor");

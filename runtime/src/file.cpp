@@ -15,7 +15,7 @@
 namespace pockc {
 
 MappedFile::~MappedFile() {
-  if (data_ != nullptr) munmap(const_cast<uint8_t*>(data_), size_);
+  if (data_ != nullptr && !borrowed_) munmap(const_cast<uint8_t*>(data_), size_);
 }
 
 Status MappedFile::open(const char* path) {
@@ -39,8 +39,14 @@ Status MappedFile::open(const char* path) {
   return PK_OK;
 }
 
+void MappedFile::borrow(const uint8_t* data, size_t size) {
+  data_ = data;
+  size_ = size;
+  borrowed_ = true;
+}
+
 void MappedFile::drop_pages() const {
-  if (data_ != nullptr) madvise(const_cast<uint8_t*>(data_), size_, MADV_DONTNEED);
+  if (data_ != nullptr && !borrowed_) madvise(const_cast<uint8_t*>(data_), size_, MADV_DONTNEED);
 }
 
 const FileSystem& posix_file_system() {

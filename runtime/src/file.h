@@ -22,6 +22,9 @@ class MappedFile {
   // PK_NOT_FOUND when there is no such file, PK_IO_ERROR when it cannot be read, PK_BAD_FILE when it is empty
   // or no regular file. Once per object.
   Status open(const char* path);
+  // Bytes of the caller instead, which must outlive the object: for tests, whose sanitizers then see where
+  // they end to the byte.
+  void borrow(const uint8_t* data, size_t size);
 
   const uint8_t* data() const { return data_; }
   size_t size() const { return size_; }
@@ -31,6 +34,7 @@ class MappedFile {
  private:
   const uint8_t* data_ = nullptr;
   size_t size_ = 0;
+  bool borrowed_ = false;
 };
 
 // What a write needs of the system; the signatures and results are those of POSIX.

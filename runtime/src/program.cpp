@@ -140,6 +140,10 @@ const char* Program::metadata_text() const {
 
 Status load_program(const char* path, Program* program) {
   POCKC_TRY(program->file.open(path));
+  return read_program(path, program);
+}
+
+Status read_program(const char* path, Program* program) {
   const Bytes file{program->file.data(), program->file.size()};
   uint32_t section_count = 0;
   POCKC_TRY(read_header(path, file, &section_count, program->hash));

@@ -141,6 +141,8 @@ struct Program {
 
 // Maps and checks the file at `path`. `program` is new and of no use after a failure.
 Status load_program(const char* path, Program* program);
+// The same for `program->file` that is open; `path` names it in messages.
+Status read_program(const char* path, Program* program);
 
 // Fills the tables from the PROGRAM section (program_reader.cpp), then checks what crosses tables
 // (program_check.cpp).

@@ -42,6 +42,8 @@ class Session {
   Status write_state(const char* name, const pk_tensor& tensor);
   Status save(const char* path, const char* cursor_json) const;
   Status load(const char* path);
+  // The same from memory; `what` names it in messages.
+  Status load_bytes(const char* what, Bytes bytes);
   pk_memory memory() const;
   // Sets every state as `create` did.
   void reset();

@@ -1,11 +1,14 @@
 // pock-run's verbs, called as functions: exact resume, exit statuses, what stays on disk after a failure.
 #include <signal.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 
+#include "board.h"
 #include "check.h"
 #include "commands.h"
 #include "json.h"
@@ -234,10 +237,50 @@ TEST("the self-test compares with the golden vectors") {
   CHECK(contains(pk_last_error(), "no golden vectors"));
 }
 
+TEST("a board is read from its files") {
+  Workspace workspace;
+  const std::string root = workspace.options.model + ".root";
+  const auto put = [&root](const std::string& path, const std::string& text) {
+    for (size_t at = root.size(); at != std::string::npos; at = (root + path).find('/', at + 1))
+      mkdir((root + path).substr(0, at).c_str(), 0700);
+    write_file(root + path, text);
+  };
+  CHECK(describe(read_board(root)).empty());  // nothing is there
+  put("/proc/cpuinfo",
+      "processor\t: 0\nFeatures\t: fp asimd evtstrm asimdhp asimddp cpuid\nModel\t\t: A board\n");
+  put("/proc/device-tree/model", std::string("Raspberry Pi 5 Model B\0", 23));
+  put("/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq", "1500000\n");
+  put("/sys/devices/system/cpu/cpu0/cpufreq/scaling_max_freq", "2400000\n");
+  put("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor", "ondemand\n");
+  put("/sys/class/thermal/thermal_zone0/temp", "51234\n");
+  put("/sys/class/thermal/thermal_zone3/temp", "61234\n");
+  put("/sys/devices/platform/soc/soc:firmware/get_throttled", "50005\n");
+  put("/var/lib/nvpmodel/status", "pmode:0002 fmode:fanNull\n");
+  put("/etc/nvpmodel.conf", "< POWER_MODEL ID=0 NAME=MAXN >\n< POWER_MODEL ID=2 NAME=MODE_15W >\n");
+  const Board board = read_board(root);
+  CHECK(board.throttle_flags == 0x50005);
+  CHECK(
+      describe(board) ==
+      "board Raspberry Pi 5 Model B\nhas   asimd asimdhp asimddp\nclock 1500 MHz of 2400 (ondemand), 61.2 C\n"
+      "limit too low a voltage now, throttling now\npower MODE_15W (2)\n");
+  put("/sys/devices/platform/soc/soc:firmware/get_throttled", "0\n");
+  CHECK(read_board(root).throttling == "none");
+  put("/sys/devices/platform/soc/soc:firmware/get_throttled", "20000\n");
+  CHECK(read_board(root).throttling == "a capped clock since boot");
+  CHECK(std::system(("rm -r " + root).c_str()) == 0);
+}
+
 TEST("bench and info run") {
   Workspace workspace;
   workspace.options.steps = 3;
+  workspace.options.json = workspace.directory.path("report.json");
   CHECK(bench(workspace.options) == 0);
+  const Json report = workspace.report();
+  CHECK(report.find("batch_size")->integer == 2 && report.find("samples_per_second")->number > 0);
+  CHECK(report.find("planned_peak_bytes")->integer ==
+        report.find("arena_bytes")->integer + report.find("mapped_bytes")->integer);
+  CHECK(report.find("rss_added_peak_bytes")->integer > 0);
+  CHECK(report.find("cpu_features")->kind == Json::Kind::kString);
   CHECK(info(workspace.options) == 0);
   workspace.options.model = workspace.directory.path("none.pock");
   CHECK(info(workspace.options) == 1);
