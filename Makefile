@@ -5,9 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 SETUP_STAMP := $(VENV)/.setup-stamp
 ASAN_DIR := build/asan
+PEERS_DIR := .cache/peers
+PEERS := $(basename $(notdir $(wildcard benchmarks/speed_sides/requirements/*.txt)))
 
 RUNTIME_SOURCES := $(shell find runtime -type f 2>/dev/null)
-CPP_SOURCES := $(shell find runtime -type f \( -name '*.h' -o -name '*.cpp' \) 2>/dev/null)
+CPP_SOURCES := $(shell find runtime -type f \( -name '*.h' -o -name '*.hpp' -o -name '*.c' -o -name '*.cpp' \) 2>/dev/null)
 
 PYTEST_WORKERS ?= $(shell nproc)
 PYTEST_ARGS ?=
@@ -21,14 +23,14 @@ RUN_CPP_TESTS = $(BIN)/ctest --test-dir $(ASAN_DIR) --output-on-failure --no-tes
 RUN_PYTHON_TESTS = $(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 # One thread per test process: pytest runs as many processes as there are cores.
-test test-python test-page update-golden: export OMP_NUM_THREADS = 1
+test test-python test-page test-cross update-golden: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup runtime asan data lint test fuzz test-cpp test-python test-page demo verify-zoo bench-memory bench-ablate sweep update-golden clean distclean
+.PHONY: help setup runtime asan data lint test fuzz test-cpp test-python test-page qemu test-cross demo verify-zoo verify-edge verify-onnx bench-memory peers bench-speed bench-all bench-kernels bench-ablate bench-instructions sweep update-golden clean distclean
 
 help: ## Show this help
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{ printf "  make %-15s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{ printf "  make %-19s %s\n", $$1, $$2 }'
 
 setup: $(SETUP_STAMP) ## Create .venv with all dependencies and the package, runtime included
 
@@ -42,7 +44,7 @@ $(BIN)/python:
 # The package is installed again when the runtime changes: that rebuilds the native library.
 $(SETUP_STAMP): pyproject.toml $(filter-out runtime/test/%,$(RUNTIME_SOURCES)) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet "torch==2.13.0"
-	$(BIN)/python -m pip install --quiet --editable ".[torch,bench,dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[torch,bench,onnxruntime,dev]"
 	@touch $@
 
 runtime: setup asan ## Build the native runtime, and again under ASan and UBSan in build/asan
@@ -84,15 +86,61 @@ FUZZ_SECONDS ?= 600
 fuzz: asan ## Feed changed programs, checkpoints and archives to the readers for ten minutes (FUZZ_SECONDS)
 	sh runtime/fuzz/run.sh $(FUZZ_SECONDS) $(BIN)/python $(CURDIR)/$(BIN)/cmake $(CURDIR)/$(BIN)/ninja
 
+# Only where it is permitted: the tests that need these programs are skipped without them, and say so.
+qemu: ## Install qemu-user, and an ssh server and rsync to test with, by apt-get where that is permitted
+	command -v qemu-aarch64 && command -v rsync && { command -v sshd || test -x /usr/sbin/sshd; } \
+	  || apt-get install --yes --no-install-recommends qemu-user openssh-server rsync \
+	  || { apt-get update && apt-get install --yes --no-install-recommends qemu-user openssh-server rsync; } \
+	  || echo "Cannot install qemu-user, openssh-server and rsync here: what needs them is skipped."
+
+# The first time, zig compiles its C++ library for each architecture: minutes each. All of it is kept in .cache/pockc.
+CROSS ?= aarch64,armv7l,riscv64
+test-cross: setup qemu ## Cross-compile for other processors and test under emulation: CROSS=aarch64 for one of them
+	POCKC_CROSS=$(CROSS) $(BIN)/python -m pytest $(PYTEST_ARGS) tests/cross tests/test_deploy.py
+
 demo: data ## Fine-tune a real model on real data with four schemes, and compare them
 	$(BIN)/python -m benchmarks.demo
 
 verify-zoo: data ## Compare every zoo model and scheme with PyTorch, step by step
 	$(BIN)/python -m benchmarks.verify_zoo
 
+verify-onnx: setup ## Compare models for ONNX Runtime with PyTorch: trajectories, and CPU time of a step
+	$(BIN)/python -m benchmarks.verify_onnx
+
+verify-edge: setup qemu ## Train three models for five processor cores under emulation, against this machine: a table
+	$(BIN)/python -m benchmarks.verify_edge
+
+bench-instructions: setup qemu ## Count the instructions of a step on 64-bit ARM, sparse against full, by emulation
+	$(BIN)/python -m benchmarks.instruction_counts
+
 # Everything that is measured is made from random weights: no data is needed.
 bench-memory: setup ## Compare the memory of training with PyTorch's: tables, JSON, a picture
 	$(BIN)/python -m benchmarks.memory
+
+# Libraries that the speed benchmark compares with have environments of their own; see speed_sides/requirements.
+peers: $(PEERS:%=$(PEERS_DIR)/%/.stamp) ## Install TensorFlow, JAX and other libraries to compare the speed with
+
+$(PEERS_DIR)/%/.stamp: benchmarks/speed_sides/requirements/%.txt | $(SETUP_STAMP)
+	rm -rf $(@D)
+	mkdir -p $(@D)
+	$(BIN)/python -m venv --without-pip $(@D)
+	$(BIN)/python -m pip --python $(@D)/bin/python install --quiet --requirement $<
+	$(if $(NEEDS_PYTORCH),$(BIN)/python $(SITE_PACKAGES) > "$$($(@D)/bin/python $(SITE_PACKAGES))/pytorch.pth")
+	@touch $@
+
+# They export models with PyTorch, that of .venv: what is not in their own environment is looked for there.
+$(PEERS_DIR)/onnxruntime/.stamp: NEEDS_PYTORCH = yes
+SITE_PACKAGES = -c 'import site; print(site.getsitepackages()[0])'
+
+# PyTorch alone, and no longer than this compiles: what is compiled is kept, and the next run goes on from there.
+bench-speed: setup ## Compare the time of a training step with PyTorch's: tables, JSON, a picture
+	$(BIN)/python -m benchmarks.speed --compile-minutes 3
+
+bench-all: setup peers ## The same with all peers, on one thread and on two; takes hours the first time
+	$(BIN)/python -m benchmarks.speed --ways all --threads 1 2 --output out/speed-all.json
+
+bench-kernels: setup ## Show what each kernel reaches of this machine's limits, and PyTorch beside it
+	$(BIN)/python -m benchmarks.kernels
 
 bench-ablate: setup ## Show what each pass of the compiler buys, in bytes and milliseconds
 	$(BIN)/pockc bench benchmarks/zoo.py:mobilenet_v2 --batch-size 8 --scheme sparse --ablate --json out/ablation.json

@@ -18,7 +18,6 @@ from typing import get_args
 import torch
 
 from benchmarks import report, verify_zoo, zoo
-from pockc.artifact import read
 from pockc.build import build
 from pockc.frontend.torch_parity import named_arrays
 from pockc.parity import batches
@@ -49,9 +48,9 @@ def measure(name: str, scheme: str, rounds: int) -> list[Row]:
         for dtype in get_args(FrozenDtype):
             files[dtype] = Path(folder, f"{dtype}.pock")
             optimizer = verify_zoo.OPTIMIZERS["adamw"]
-            build(model, inputs, loss, optimizer, scheme, frozen_dtype=dtype).save(files[dtype])
-        entries = read(files["f32"]).entries
-        (batch,) = batches(named_arrays(model, inputs), entries, loss, 1, verify_zoo.SEED)
+            program = build(model, inputs, loss, optimizer, scheme, frozen_dtype=dtype)
+            program.save(files[dtype])
+        (batch,) = batches(named_arrays(model, inputs), program.entries["train_step"], loss, 1, verify_zoo.SEED)
         sessions = {dtype: Session(file) for dtype, file in files.items()}
         first = {dtype: session.train_step(**batch) for dtype, session in sessions.items()}
         times: dict[str, list[float]] = {dtype: [] for dtype in files}

@@ -18,7 +18,6 @@ from typing import Any
 import pockc
 from benchmarks import memory_peer, report, zoo
 from benchmarks.verify_zoo import loss_of
-from pockc.artifact import read
 from pockc.bench import time_in_turn
 from pockc.errors import BudgetError
 from pockc.frontend.torch_parity import named_arrays
@@ -186,7 +185,7 @@ class _Model:
         file = self.folder / f"{budget}.pock"
         program.save(file)
         with pockc.Session(file) as session:
-            losses = tuple(session.train_step(**batch) for batch in self._batches(file))
+            losses = tuple(session.train_step(**batch) for batch in self._batches(program))
             memory = session.memory
         taken = memory.arena_bytes + memory.mapped_bytes
         decisions = program.metadata.get("budget", {})
@@ -195,9 +194,9 @@ class _Model:
         print(f"{self.name}, {limits}: {report.megabytes(taken)} MB, {seconds:.0f} s", file=sys.stderr, flush=True)
         return self.built[budget]
 
-    def _batches(self, file: Path) -> list[dict[str, Array]]:
+    def _batches(self, program: pockc.Program) -> list[dict[str, Array]]:
         examples = named_arrays(self.model, self.inputs)
-        return list(batches(examples, read(file).entries, self.loss, LOSS_STEPS, SEED))
+        return list(batches(examples, program.entries["train_step"], self.loss, LOSS_STEPS, SEED))
 
 
 def worst_error(ours: Sequence[float], theirs: Sequence[float]) -> float:

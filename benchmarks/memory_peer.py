@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from benchmarks import pytorch_peer, report, zoo
 
@@ -111,21 +110,12 @@ def measure(request: Request) -> Answer:
 
 def _train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], loss: str) -> float:
     """Forward, backward, update. Gradients are freed before the next forward pass, as is PyTorch's default."""
-    output = model(**{name: value for name, value in batch.items() if name != "labels"})
-    value = F.cross_entropy(*_logits_and_labels(getattr(output, "logits", output), batch["labels"], loss))
-    del output
+    value = pytorch_peer.training_loss(model, batch, loss)
     optimizer.zero_grad()
     value.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     optimizer.zero_grad()
     return float(value.detach())
-
-
-def _logits_and_labels(logits: Tensor, labels: Tensor, loss: str) -> tuple[Tensor, Tensor]:
-    """Of a language model the labels are shifted, as its own library does it: shifted logits would be a copy."""
-    if loss == "causal_lm":
-        return logits.flatten(0, 1), F.pad(labels[:, 1:], (0, 1), value=-100).flatten()
-    return logits, labels
 
 
 def _start_of_measurement() -> dict[str, int]:

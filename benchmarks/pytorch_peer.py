@@ -65,6 +65,18 @@ class Peer:
         return float(loss.detach())
 
 
+def training_loss(model: nn.Module, batch: Mapping[str, Tensor], loss: str) -> Tensor:
+    """The mean cross entropy of a batch with labels, for the loss names `cross_entropy` and `causal_lm`.
+
+    Of a language model the labels are shifted, as its own library does it: shifted logits would be a copy.
+    """
+    logits = _logits(model, {name: value for name, value in batch.items() if name != "labels"})
+    labels = batch["labels"]
+    if loss == "causal_lm":
+        return F.cross_entropy(logits.flatten(0, 1), F.pad(labels[:, 1:], (0, 1), value=-100).flatten())
+    return F.cross_entropy(logits, labels)
+
+
 def make_optimizer(parameters: list[nn.Parameter], optimizer: pockc.Optimizer) -> torch.optim.Optimizer:
     """The PyTorch optimizer of the same name and settings. PyTorch chooses its implementation itself."""
     match optimizer:

@@ -1,8 +1,11 @@
 """What all benchmarks share: bars that are met or missed, tables, JSON, a picture, the last line."""
 
 import json
+import os
+import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,14 @@ from matplotlib.transforms import Bbox
 from rich.console import Console
 from rich.table import Table
 
+import pockc
+
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "out"
 RESULTS = ROOT / "benchmarks" / "results"
+
+# Those that decide how fast a processor multiplies, of x86 and ARM.
+_INSTRUCTIONS = ("sse2", "avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "asimddp", "asimdhp", "sve")
 
 # Where a point's label may stand: offset in points, alignment. The first place without a collision is taken.
 _LABEL_PLACES = (
@@ -76,6 +84,25 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
     terminal = Console()
     console = terminal if terminal.is_terminal else Console(width=200)
     console.print(table)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures may depend on."""
+    sizes = Path("/proc/meminfo").read_text(encoding="ascii").split()
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    models = [line for line in lines if line.startswith("model name")]
+    flags = next((line.split() for line in lines if line.startswith(("flags", "Features"))), [])
+    return {
+        "processor": models[0].partition(": ")[2] if models else platform.machine(),
+        "cores": os.cpu_count(),
+        "instructions": [name for name in _INSTRUCTIONS if name in flags],
+        "memory_bytes": int(sizes[1]) * 1024,
+        "load": os.getloadavg(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": metadata.version("torch"),
+        "pockc": pockc.__version__,
+    }
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -148,13 +148,21 @@ def check_memory(name: str, scheme: str, *, small: bool) -> MemoryResult:
 
 
 def check_parity(
-    name: str, scheme: str, optimizer: str, *, steps: int, small: bool, noise: bool = False
+    name: str, scheme: str, optimizer: str, *, steps: int, small: bool, noise: bool = False, target: str = "native"
 ) -> ParityResult:
     """Trains some steps in pockc and in PyTorch; with ``noise`` also in PyTorch in float64."""
     started = time.perf_counter()
     model, inputs = zoo.ZOO[name](**arguments_of(name, small))
     parity = verify_against_torch(
-        model, inputs, loss_of(name), OPTIMIZERS[optimizer], scheme, steps=steps, seed=SEED, with_noise=noise
+        model,
+        inputs,
+        loss_of(name),
+        OPTIMIZERS[optimizer],
+        scheme,
+        steps=steps,
+        seed=SEED,
+        with_noise=noise,
+        target=target,
     )
     return ParityResult(
         name,

@@ -41,7 +41,7 @@ def rescaled(node: Node, batch: int, start: int, samples: int) -> Mapping[str, A
     if "first_row" in node.attrs:
         logits = node.inputs[1 if node.op == "cross_entropy_grad" else 0]
         return {**node.attrs, "first_row": max(0, node.attrs["first_row"]) + start * (logits.type.shape[0] // batch)}
-    if node.op not in ("reshape", "expand"):
+    if node.op not in ("reshape", "expand", "unpack8"):
         return node.attrs
     rows, *rest = node.attrs["shape"]
     return {**node.attrs, "shape": (rows // batch * samples, *rest)}
@@ -153,7 +153,7 @@ RULES: dict[str, Rule] = {
         "softplus", "floor", "silu", "hardswish", "hardsigmoid", "gelu", "leaky_relu", "elu", "pow_scalar", "clip",
         "logical_not", "cast", "copy", "reshape", "range_mask", "conv2d", "max_pool2d", "avg_pool2d",
         "conv2d_grad_input", "avg_pool2d_grad", "quantize", "dequantize", "lookup_int8", "conv2d_int8",
-        "max_pool2d_int8",
+        "max_pool2d_int8", "pack8", "unpack8",
     ),
     **_table(
         _aligned,

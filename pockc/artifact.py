@@ -36,7 +36,7 @@ from pockc.errors import UserError, near_names
 from pockc.ir import NUMPY_DTYPES, Array, StateKind, TensorType
 
 MAX_TENSORS, MAX_STATES, MAX_CALLS, MAX_ENTRIES = 1 << 20, 1 << 16, 1 << 20, 64
-MAX_TEXT, MAX_RANK, MAX_OPERANDS, MAX_ATTRIBUTES, MAX_BYTES = 4096, 8, 64, 256, 1 << 40
+MAX_TEXT, MAX_RANK, MAX_OPERANDS, MAX_ATTRIBUTES, MAX_BYTES = 4096, 8, 1 << 14, 256, 1 << 40
 
 Item = TypeVar("Item")
 _SOURCE = re.compile(r"\S+ \((.*)\)(?: \[\w+\])?")  # of an origin
@@ -55,6 +55,11 @@ class Tensor:
     def nbytes(self) -> int:
         """Bytes of its contents."""
         return TensorType(self.shape, self.dtype).nbytes
+
+    @property
+    def numpy_dtype(self) -> Any:
+        """The element type as numpy calls it; that of what is decoded, where it is compact."""
+        return np.dtype(NUMPY_DTYPES["f32" if self.dtype in COMPACT_DTYPES else self.dtype])
 
     def __str__(self) -> str:
         return str(TensorType(self.shape, self.dtype))

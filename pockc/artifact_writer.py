@@ -8,7 +8,7 @@ import os
 import struct
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,16 @@ def write(program: Program, path: str | Path, *, golden: bytes = b"") -> None:
     Raises:
         UserError: the system refuses the write.
     """
-    tables = _Tables(program)
+    write_tables(Tables(program), path, {**program.metadata, "memory": program.memory.as_json()}, golden)
+
+
+def write_tables(tables: Tables, path: str | Path, metadata: Mapping[str, Any], golden: bytes = b"") -> int:
+    """Write what the tables hold; returns at which byte of the file the DATA section begins. Errors as for `write`."""
+    program = tables.program
     body = tables.program_section()
     metadata = {
-        **program.metadata,
+        **metadata,
         "omitted": tables.omitted(),
-        "memory": program.memory.as_json(),
         "text": {name: program.text(name) for name in program.entries},
     }
     sections: dict[str, list[bytes | memoryview]] = {
@@ -61,7 +65,9 @@ def write(program: Program, path: str | Path, *, golden: bytes = b"") -> None:
         sections["golden"] = [golden]
     model_hash = hashlib.sha256(body + tables.signature()).digest()
     version = VERSION if tables.has_compact else 1
-    write_atomically(Path(path), _layout(sections, model_hash, version))
+    positions = _positions(sections)
+    write_atomically(Path(path), _layout(sections, positions, model_hash, version))
+    return positions["data"]
 
 
 def flatten(op: str, attrs: Mapping[str, Any]) -> tuple[list[int], list[float]]:
@@ -115,11 +121,12 @@ def _bytes(array: Array) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
 
 
-class _Tables:
+class Tables:
     """The tables of the PROGRAM section: tensors, states, strings, entries; equal rows are shared."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
+        self.arena_bytes = program.arena_bytes
         self.data = _Data()
         self.tensors: dict[bytes, int] = {}
         self.strings: dict[str, int] = {}
@@ -145,13 +152,15 @@ class _Tables:
         return "".join(lines).encode()
 
     def program_section(self) -> bytes:
+        """The PROGRAM section, whose tables it fills."""
         program = self.program
         states = _list(self._state(value, state) for value, state in self.states.values())
-        entries = _list(self._entry(name, graph) for name, graph in program.entries.items())
-        head = struct.pack("<QQII", program.state_bytes, program.arena_bytes, program.max_threads, program.accumulation)
+        entries = _list(self.entry(name, graph) for name, graph in program.entries.items())
+        head = struct.pack("<QQII", program.state_bytes, self.arena_bytes, program.max_threads, program.accumulation)
         return head + _list(self.tensors) + states + _list(map(_text, self.strings)) + entries
 
-    def _tensor(self, value: Value, offset: int, in_data: bool) -> int:
+    def tensor(self, value: Value, offset: int, in_data: bool) -> int:
+        """The row of a value that lies there, in the arena or in DATA."""
         shape = value.type.shape
         self.has_compact |= value.type.is_compact
         codes = bytes([DTYPE_CODES.index(value.type.dtype), in_data, len(shape), 0])
@@ -165,7 +174,7 @@ class _Tables:
         mutable = value.name in self.program.state_offset
         initial = self._initial(value, state)
         offset = self.program.state_offset[value.name] if mutable else initial
-        tensor = self._tensor(value, offset, in_data=not mutable)
+        tensor = self.tensor(value, offset, in_data=not mutable)
         trained = mutable and state.kind == "parameter"
         head = bytes([KINDS.index(state.kind), mutable, len(state.permutation), *state.permutation])
         return _text(value.name) + head + struct.pack("<IQB", tensor, initial, trained)
@@ -187,36 +196,56 @@ class _Tables:
         initial = self._initial(state, self.program.entries[entry].states[state])
         return initial + placement.shift.get(value, 0), True
 
-    def _entry(self, name: str, graph: Graph) -> bytes:
+    def entry(self, name: str, graph: Graph) -> bytes:
+        """An entry: its arguments, and its nodes as calls."""
         placement, storage = self.program.placements[name], storages(graph)
         index: dict[Value, int] = {}
         used = [*graph.inputs, *graph.results(), *(v for n in graph.nodes for v in (*n.inputs, *n.outputs))]
         for value in dict.fromkeys(used):
-            index[value] = self._tensor(value, *self._location(name, value))
+            index[value] = self.tensor(value, *self._location(name, value))
         calls = [
             self._call(node, index, workspace)
             for node, workspace in zip(graph.nodes, placement.workspace, strict=True)
             if storage[node.outputs[0]] is node.outputs[0]  # views are there already
         ]
-        inputs = _list(_argument(value.name, index[value]) for value in graph.inputs)
-        outputs = _list(_argument(key, index[value]) for key, value in graph.outputs.items())
-        return _text(name) + inputs + outputs + _list(calls)
+        inputs = {value.name: index[value] for value in graph.inputs}
+        return entry_row(name, inputs, {key: index[value] for key, value in graph.outputs.items()}, calls)
 
     def _call(self, node: Node, index: Mapping[Value, int], workspace: tuple[int, int]) -> bytes:
         phase = node.origin.phase
         origin = f"{node.origin}" if phase == "forward" else f"{node.origin} [{phase}]"
-        ints, floats = flatten(node.op, node.attrs)
+        inputs, outputs = [index[v] for v in node.inputs], [index[v] for v in node.outputs]
         offset, nbytes = workspace
+        where = self.program.state_bytes + offset if nbytes else 0
+        return self.call(node.op, origin, inputs, outputs, flatten(node.op, node.attrs), (where, nbytes))
+
+    def call(
+        self,
+        op: str,
+        origin: str,
+        inputs: list[int],
+        outputs: list[int],
+        attributes: tuple[Sequence[int], Sequence[float]] = ((), ()),
+        workspace: tuple[int, int] = (0, 0),
+    ) -> bytes:
+        """A call between rows of the tensor table; the workspace is an offset in the arena and bytes."""
+        ints, floats = attributes
         return b"".join(
             [
-                struct.pack("<II", self._string(node.op), self._string(origin[-4096:])),
-                _numbers("I", [index[v] for v in node.inputs]),
-                _numbers("I", [index[v] for v in node.outputs]),
+                struct.pack("<II", self._string(op), self._string(origin[-4096:])),
+                _numbers("I", inputs),
+                _numbers("I", outputs),
                 _numbers("q", ints),
                 _numbers("d", floats),
-                struct.pack("<QQ", self.program.state_bytes + offset if nbytes else 0, nbytes),
+                struct.pack("<QQ", *workspace),
             ]
         )
+
+
+def entry_row(name: str, inputs: Mapping[str, int], outputs: Mapping[str, int], calls: Iterable[bytes]) -> bytes:
+    """An entry with arguments by name, each a row of the tensor table."""
+    arguments = [_list(_argument(key, tensor) for key, tensor in given.items()) for given in (inputs, outputs)]
+    return _text(name) + b"".join(arguments) + _list(calls)
 
 
 def _text(text: str) -> bytes:
@@ -224,7 +253,7 @@ def _text(text: str) -> bytes:
     return struct.pack("<I", len(raw)) + raw
 
 
-def _numbers(code: str, values: list[Any]) -> bytes:
+def _numbers(code: str, values: Sequence[Any]) -> bytes:
     return struct.pack(f"<I{len(values)}{code}", len(values), *values)
 
 
@@ -237,25 +266,37 @@ def _argument(name: str, tensor: int) -> bytes:
     return _text(name) + struct.pack("<I", tensor)
 
 
-def _layout(
-    sections: Mapping[str, list[bytes | memoryview]], model_hash: bytes, version: int
-) -> Iterator[bytes | memoryview]:
-    """The bytes of the file in order: header, section table, sections at their alignment."""
-    table: list[bytes] = []
-    body: list[bytes | memoryview] = []
+Sections = Mapping[str, list[bytes | memoryview]]
+
+
+def _positions(sections: Sections) -> dict[str, int]:
+    """At which byte each section begins, each at its alignment."""
+    found = {}
     position = HEADER.size + len(sections) * SECTION.size
     for name, chunks in sections.items():
-        alignment = DATA_ALIGNMENT if name == "data" else ALIGNMENT
-        padding = -position % alignment
+        position += -position % (DATA_ALIGNMENT if name == "data" else ALIGNMENT)
+        found[name] = position
+        position += sum(map(len, chunks))
+    return found
+
+
+def _layout(
+    sections: Sections, positions: Mapping[str, int], model_hash: bytes, version: int
+) -> Iterator[bytes | memoryview]:
+    """The bytes of the file in order: header, section table, sections at their positions."""
+    table: list[bytes] = []
+    body: list[bytes | memoryview] = []
+    end = HEADER.size + len(sections) * SECTION.size
+    for name, chunks in sections.items():
         size, crc = 0, 0
         for chunk in chunks:
             size += len(chunk)
             crc = zlib.crc32(chunk, crc)
-        table.append(SECTION.pack(SECTION_IDS[name], crc, position + padding, size))
-        body += [bytes(padding), *chunks]
-        position += padding + size
+        table.append(SECTION.pack(SECTION_IDS[name], crc, positions[name], size))
+        body += [bytes(positions[name] - end), *chunks]
+        end = positions[name] + size
     joined = b"".join(table)
-    head = HEADER.pack(MAGIC, version, len(sections), position, zlib.crc32(joined), 0, bytes(32))[:28]
+    head = HEADER.pack(MAGIC, version, len(sections), end, zlib.crc32(joined), 0, bytes(32))[:28]
     yield head + struct.pack("<I", zlib.crc32(head)) + model_hash + joined
     yield from body
 

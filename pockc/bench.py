@@ -12,9 +12,10 @@ import numpy as np
 from rich.progress import Progress
 
 from pockc.artifact import Entry, read
+from pockc.base_session import BaseSession
 from pockc.errors import UserError
 from pockc.ir import NUMPY_DTYPES, Array
-from pockc.session import Memory, Session
+from pockc.session import Memory, open_session
 from pockc.timeline import mapped_bytes
 
 WARM_UP = 3  # steps that are not counted: they touch the arena's pages for the first time
@@ -78,7 +79,7 @@ def measure(path: Path, entry: str = "train_step", steps: int = 20, threads: int
         raise UserError(f"steps is {steps}; at least one is needed")
     artifact = read(path)
     inputs = made_up(artifact.entry(entry))
-    with Session(path, threads) as session:
+    with open_session(path, threads) as session:
         times, _ = time_steps(session, entry, inputs, steps)
         memory = session.memory
     planned = artifact.arena_bytes + mapped_bytes(artifact)
@@ -104,7 +105,7 @@ def batch_of(entry: Entry) -> int:
 
 
 def time_steps(
-    session: Session, entry: str, inputs: Mapping[str, Array], steps: int, warm_up: int = WARM_UP
+    session: BaseSession, entry: str, inputs: Mapping[str, Array], steps: int, warm_up: int = WARM_UP
 ) -> tuple[Times, dict[str, Array]]:
     """Times of some steps, and the outputs of the last one.
 
@@ -135,7 +136,7 @@ def time_in_turn(
     inputs = made_up(read(next(iter(files.values()))).entry(entry))
     turns = [turn for _ in range(ROUNDS) for turn in files.items()]
     for name, file in (progress or Progress(disable=True)).track(turns, description="Timing"):
-        with Session(file, threads) as session:
+        with open_session(file, threads) as session:
             measured, outputs = time_steps(session, entry, inputs, -(-steps // ROUNDS), warm_up=2)
         times[name].append(measured.cpu)
         losses[name] = float(outputs["loss"]) if "loss" in outputs else None

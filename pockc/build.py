@@ -20,12 +20,14 @@ from pockc.optim import AdamW, Optimizer
 from pockc.passes import memory
 from pockc.passes.channel_chains import tiles_of
 from pockc.passes.lifetimes import update_chains
-from pockc.pipeline import ACCUMULATE, COMMON, EVAL, INFER, LOWER, TOGETHER, TRAIN, Manager, Pass
+from pockc.pipeline import ACCUMULATE, COMMON, EVAL, INFER, LOWERINGS, TOGETHER, TRAIN, Manager, Pass
 from pockc.program import Program, place_states
-from pockc.recipe import BatchNorm, FrozenDtype, PrefixDtype, Recipe, StateDtype
+from pockc.recipe import BatchNorm, FrozenDtype, PrefixDtype, Recipe, SavedDtype, StateDtype
 from pockc.scheme import Channels, Scheme, detect_family, resolve
 from pockc.targets import devices
-from pockc.targets.native import NATIVE, workspace_of
+from pockc.targets import find as find_target
+from pockc.targets.devices import Device
+from pockc.targets.native import workspace_of
 
 Inputs = Mapping[str, Any] | tuple[Any, ...]
 Calibration = Mapping[str, Any] | Literal["example"] | None
@@ -39,7 +41,7 @@ def build(
     optimizer: Optimizer | None = None,
     scheme: str | Path | Scheme = "full",
     batchnorm: BatchNorm = "fold",
-    device: str = "x86-64",
+    device: str | Device = "x86-64",
     *,
     accumulation: int = 1,
     state_dtype: StateDtype = "f32",
@@ -52,7 +54,9 @@ def build(
     frozen_dtype: FrozenDtype = "f32",
     prefix_dtype: PrefixDtype = "f32",
     calibration: Calibration = None,
+    saved_dtype: SavedDtype = "f32",
     entries: Collection[str] = ENTRIES,
+    target: str = "native",
 ) -> Program:
     """Compile one training step of a PyTorch model.
 
@@ -64,7 +68,8 @@ def build(
         optimizer: `pockc.SGD`, `Adam`, `AdamW` or `Lion`; ``AdamW()`` if None.
         scheme: what is updated: a preset, a YAML file, or a `Scheme`.
         batchnorm: ``fold`` and ``freeze`` keep the statistics, ``fold`` also gamma; ``train`` updates them.
-        device: a name of `pockc devices`.
+        device: a name of `pockc devices`, a ``.yaml`` file that describes a board, or a record of
+            `pockc.targets.devices`.
         accumulation: micro-steps whose mean gradient makes one optimizer step.
         state_dtype: how optimizer slots are stored: ``f32``, or ``int8``, a byte each and a scale for every 256.
         loss_options: ``label_smoothing``, ``ignore_index`` (cross entropy), ``delta`` (huber).
@@ -81,8 +86,12 @@ def build(
             the same in every entry.
         calibration: what ``int8`` activations have to cover, as samples: an array per input, samples along the first
             axis, of which tens to hundreds do; or ``example`` for the example inputs.
+        saved_dtype: how activations wait for the backward pass: ``f32``, or ``int8``, a byte each and a scale for every
+            128. Losses are those of the parameters, to the last bit; gradients become approximate.
         entries: what the program can do: ``train_step``, which is always there, ``eval_step`` and ``infer``. The arena
             has room for the largest of them.
+        target: ``native``, or ``onnxruntime``: ONNX models of the same steps, which plain ONNX Runtime runs. It plans
+            its own memory, so that ``memory_budget``, ``micro_batch`` and compact dtypes do not apply.
 
     Returns:
         The program: ``save`` it, look at ``memory`` and ``text("train_step")``.
@@ -93,6 +102,8 @@ def build(
     """
     optimizer = optimizer or AdamW()
     _check_options(loss, batchnorm, accumulation, frozen_dtype)
+    if saved_dtype not in get_args(SavedDtype):
+        raise UserError(f"saved_dtype is {saved_dtype!r}", supported=", ".join(get_args(SavedDtype)))
     _check_prefix(prefix_dtype, calibration, batchnorm)
     _check_state_dtype(state_dtype, optimizer)
     _check_entries(entries)
@@ -103,7 +114,7 @@ def build(
         optimizer=optimizer,
         scheme=scheme,
         batchnorm=batchnorm,
-        device=device,
+        device=device if isinstance(device, Device) else devices.find(device),
         accumulation=accumulation,
         state_dtype=state_dtype,
         loss_options=dict(loss_options or {}),
@@ -115,8 +126,11 @@ def build(
         frozen_dtype=frozen_dtype,
         prefix_dtype=prefix_dtype,
         calibration=calibration,
+        saved_dtype=saved_dtype,
         entries=tuple(entries),
+        target=target,
     )
+    _check_target(options)
     try:
         return _build(model, example_inputs, options)
     except BudgetError as error:
@@ -131,7 +145,7 @@ class Options:
     optimizer: Optimizer
     scheme: str | Path | Scheme
     batchnorm: BatchNorm
-    device: str
+    device: Device
     accumulation: int
     state_dtype: StateDtype
     loss_options: Mapping[str, float]
@@ -143,7 +157,9 @@ class Options:
     frozen_dtype: FrozenDtype
     prefix_dtype: PrefixDtype
     calibration: Calibration
+    saved_dtype: SavedDtype
     entries: tuple[str, ...]
+    target: str
 
 
 def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
@@ -151,7 +167,7 @@ def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
 
     started = time.perf_counter()
     loss, batchnorm = options.loss, options.batchnorm
-    target = devices.find(options.device)
+    device = options.device
     imported = trace(model, example_inputs, loss=loss, batchnorm=batchnorm)
     needs_eval_graph = bool(getattr(model, "training", False)) or batchnorm == "train"
     evaluated = (
@@ -179,8 +195,9 @@ def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
         accumulation=options.accumulation,
         state_dtype=options.state_dtype,
         frozen_dtype=options.frozen_dtype,
-        threads=target.threads,
-        workspace=workspace_of(target.threads),
+        saved_dtype=options.saved_dtype,
+        threads=device.threads,
+        workspace=workspace_of(device.threads),
         micro_batch=options.micro_batch,
         updated_buffers=frozenset(state.name for state in imported.graph.updates),
         disabled=options.disabled,
@@ -188,11 +205,12 @@ def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
 
     if options.prefix_dtype == "int8":
         samples = _samples(model, example_inputs, options.calibration)
-        common = Manager(recipe, NATIVE.supports).run("calibrate", COMMON, imported.graph)
+        common = Manager(recipe, find_target(options.target).supports).run("calibrate", COMMON, imported.graph)
         recipe = replace(recipe, prefix_ranges=ranges.measure(common, recipe, samples))
 
     def planned(recipe: Recipe) -> Program:
-        return _plan(recipe, imported.graph, evaluated.graph if evaluated else None, options.seed, options.entries)
+        make = _plan if options.target == "native" else partial(_lower, options.target)
+        return make(recipe, imported.graph, evaluated.graph if evaluated else None, options.seed, options.entries)
 
     budget = options.memory_budget
     program = planned(recipe) if budget is None else within(budget, recipe, planned)
@@ -208,7 +226,10 @@ def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
         "batchnorm": batchnorm,
         "frozen_dtype": options.frozen_dtype,
         "prefix_dtype": options.prefix_dtype,
-        "device": target.name,
+        "saved_dtype": options.saved_dtype,
+        "target": options.target,
+        "device": device.name,
+        **({} if device.name in devices.DEVICES else {"board": device.as_json()}),
         "aliases": dict(imported.aliases),
         "trained": [name for name in recipe.trained if name not in without_gradient],
         "trained_elements": _trained_elements(program.entries["train_step"]),
@@ -217,7 +238,7 @@ def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
         **program.metadata,
         "build_seconds": round(time.perf_counter() - started, 3),
     }
-    if options.compare_full:
+    if options.compare_full and options.target == "native":
         full = replace(recipe, trained=resolved("full"), decisions={})
         memory_of_full = program if full.trained == recipe.trained and budget is None else planned(full)
         metadata["full_memory"] = memory_of_full.memory.totals()
@@ -253,14 +274,12 @@ def _mapped(example_inputs: Inputs, function: Callable[..., Any]) -> Inputs:
 
 def _plan(recipe: Recipe, train_graph: Graph, eval_graph: Graph | None, seed: int, wanted: Collection[str]) -> Program:
     """A program from training and evaluation graph, whose metadata says what the passes did."""
-    manager = Manager(recipe, NATIVE.supports)
-    entries, without_gradient = _entries(manager, train_graph, eval_graph, seed, wanted)
+    manager = Manager(recipe, find_target("native").supports)
+    entries, without_gradient = _entries("native", manager, train_graph, eval_graph, seed, wanted)
+    entries = manager.run_together(TOGETHER, entries)
     placements = {name: memory.run(graph, recipe.workspace) for name, graph in entries.items()}
     state_offset, state_bytes = place_states(entries)
     transient = max(placement.nbytes for placement in placements.values())
-    timings = [
-        {"entry": entry, "pass": name, "ms": round(ms, 3), "nodes": nodes} for entry, name, ms, nodes in manager.timings
-    ]
     return Program(
         entries=entries,
         placements=placements,
@@ -269,8 +288,45 @@ def _plan(recipe: Recipe, train_graph: Graph, eval_graph: Graph | None, seed: in
         arena_bytes=state_bytes + transient,
         max_threads=recipe.threads,
         accumulation=recipe.accumulation,
-        metadata={"without_gradient": sorted(without_gradient), "memory_plan": recipe.decisions, "passes": timings},
+        metadata={
+            "without_gradient": sorted(without_gradient),
+            "memory_plan": recipe.decisions,
+            "passes": _timings(manager),
+        },
     )
+
+
+def _lower(
+    target: str,
+    recipe: Recipe,
+    train_graph: Graph,
+    eval_graph: Graph | None,
+    seed: int,
+    wanted: Collection[str],
+) -> Program:
+    """As `_plan`, for a target that places nothing but the states here."""
+    backend = find_target(target)
+    manager = Manager(recipe, backend.supports)
+    entries, without_gradient = _entries(target, manager, train_graph, eval_graph, seed, wanted)
+    state_offset, state_bytes = place_states(entries)
+    return Program(
+        entries={name: backend.lower(graph) for name, graph in entries.items()},
+        placements={},
+        state_offset=state_offset,
+        state_bytes=state_bytes,
+        arena_bytes=state_bytes,
+        max_threads=recipe.threads,
+        accumulation=recipe.accumulation,
+        metadata={"without_gradient": sorted(without_gradient), "passes": _timings(manager)},
+        target=target,
+    )
+
+
+def _timings(manager: Manager) -> list[dict[str, Any]]:
+    """What `pockc build` and `inspect` show of the passes."""
+    return [
+        {"entry": entry, "pass": name, "ms": round(ms, 3), "nodes": nodes} for entry, name, ms, nodes in manager.timings
+    ]
 
 
 def _persistent_buffers(model: Any, parameters: Mapping[str, Any], aliases: Mapping[str, str]) -> list[str]:
@@ -332,6 +388,29 @@ def _check_state_dtype(state_dtype: str, optimizer: Optimizer) -> None:
         )
 
 
+def _check_target(options: Options) -> None:
+    """Raise UserError for a target that is unknown, or options that it does not have."""
+    target = options.target
+    if target not in LOWERINGS:
+        hint = near_names(target, LOWERINGS)
+        raise UserError(f"there is no target {target!r} to build for", supported=", ".join(LOWERINGS), instead=hint)
+    if target == "native":
+        return
+    given = {
+        "memory_budget": options.memory_budget is not None,
+        "micro_batch": options.micro_batch > 0,
+        "state_dtype": options.state_dtype != "f32",
+        "frozen_dtype": options.frozen_dtype != "f32",
+        "prefix_dtype": options.prefix_dtype != "f32",
+        "saved_dtype": options.saved_dtype != "f32",
+    }
+    if unused := next((name for name, is_given in given.items() if is_given), None):
+        raise UserError(
+            f"the target {target} has no {unused}: it plans its own memory, and computes in float32",
+            instead=f"Leave {unused} out, or build for the target native.",
+        )
+
+
 def _check_entries(entries: Collection[str]) -> None:
     supported = ", ".join(ENTRIES)
     if isinstance(entries, str):
@@ -354,20 +433,21 @@ def _batchnorm_scales(modules: Mapping[str, str]) -> frozenset[str]:
 
 
 def _entries(
-    manager: Manager, train_graph: Graph, eval_graph: Graph | None, seed: int, wanted: Collection[str]
+    target: str, manager: Manager, train_graph: Graph, eval_graph: Graph | None, seed: int, wanted: Collection[str]
 ) -> tuple[dict[str, Graph], set[str]]:
-    """The wanted entry graphs, scheduled, and the trained parameters that no gradient reaches."""
+    """The wanted entry graphs, lowered for the target, and the trained parameters that no gradient reaches."""
     common = manager.run("common", COMMON, _seeded(train_graph, seed))
     quiet = manager.run("common-eval", COMMON, eval_graph) if eval_graph is not None else common
     has_loss = manager.recipe.loss is not None
 
     def entry(name: str, passes: tuple[Pass, ...], graph: Graph) -> Graph:
-        return manager.run(name, (*passes, *LOWER), graph)
+        return manager.run(name, (*passes, *LOWERINGS[target]), graph)
 
     entries = {"train_step": entry("train_step", TRAIN, common)}
-    planned = memory.run(entries["train_step"], manager.recipe.workspace).nbytes
-    tiles = tiles_of(entries["train_step"])
-    manager.recipe = replace(manager.recipe, sufficient=planned, tiles=tiles)
+    if target == "native":
+        planned = memory.run(entries["train_step"], manager.recipe.workspace).nbytes
+        tiles = tiles_of(entries["train_step"])
+        manager.recipe = replace(manager.recipe, sufficient=planned, tiles=tiles)
     if manager.recipe.accumulation > 1:
         entries["accumulate"] = entry("accumulate", ACCUMULATE, common)
     if "eval_step" in wanted:
@@ -376,7 +456,7 @@ def _entries(
     if predictions and "infer" in wanted:
         entries["infer"] = entry("infer", INFER, _only(_without_updates(quiet), predictions))
     updated = {state.name for state in entries["train_step"].updates}
-    return manager.run_together(TOGETHER, entries), {name for name in manager.recipe.trained if name not in updated}
+    return entries, {name for name in manager.recipe.trained if name not in updated}
 
 
 def _seeded(graph: Graph, seed: int) -> Graph:

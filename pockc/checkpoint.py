@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load as load_bytes
 from safetensors.numpy import save as save_bytes
@@ -26,6 +27,11 @@ def read_checkpoint(path: str | Path, program: Artifact) -> dict[str, Array]:
     Raises:
         UserError: the file is missing, corrupt, or a checkpoint of another program.
     """
+    return read_position(path, program)[0]
+
+
+def read_position(path: str | Path, program: Artifact) -> tuple[dict[str, Array], dict[str, str]]:
+    """As `read_checkpoint`, with the metadata: ``micro_step`` and ``cursor`` tell where in a run it was saved."""
     content = _file_bytes(path)
     tensors = _parse(path, content)
     metadata = _metadata(path)
@@ -39,7 +45,30 @@ def read_checkpoint(path: str | Path, program: Artifact) -> dict[str, Array]:
     (header_bytes,) = struct.unpack_from("<Q", content)
     if metadata.get("crc32") != str(zlib.crc32(content[8 + header_bytes :])):
         raise UserError(f"{path} is corrupt: the checksum of its data is wrong", instead="Use an earlier checkpoint.")
-    return tensors
+    return tensors, metadata
+
+
+def write_checkpoint(
+    path: str | Path, program: Artifact, states: Mapping[str, Array], micro_step: int = 0, cursor: str = "null"
+) -> None:
+    """Write a checkpoint as the runtime does; an existing file is replaced whole or not at all.
+
+    Args:
+        path: Where to.
+        program: What the states are of.
+        states: All that the program updates, by name, in the user's layout.
+        micro_step: Micro-steps done towards the next optimizer step.
+        cursor: JSON, for whoever resumes.
+
+    Raises:
+        UserError: the system refuses the write.
+    """
+    metadata = {"format": FORMAT, "model_hash": program.model_hash, "micro_step": str(micro_step), "cursor": cursor}
+    arrays = {name: np.asarray(array, order="C") for name, array in states.items()}
+    content = save_bytes(arrays, metadata=metadata)  # the order of the data depends on the arrays alone
+    (header_bytes,) = struct.unpack_from("<Q", content)
+    metadata["crc32"] = str(zlib.crc32(content[8 + header_bytes :]))
+    write_atomically(Path(path), [save_bytes(arrays, metadata=metadata)])
 
 
 def export(

@@ -1,4 +1,4 @@
-"""The command line: ``pockc build | inspect | verify | bench | export | devices``."""
+"""The command line: ``pockc build | inspect | verify | bench | export | deploy | devices``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 import pockc
@@ -18,6 +18,7 @@ from pockc.artifact_writer import write_atomically
 from pockc.cli_options import BUILT_FROM, FUNCTION, Choices, record, with_choices
 from pockc.errors import InternalError, UserError
 from pockc.targets import devices
+from pockc.targets import find as find_target
 
 app = typer.Typer(
     help="Compile PyTorch models into sparse fine-tuning programs that run on small devices without Python.",
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Device = Annotated[str, typer.Option(help="A name of `pockc devices`.")]
+Device = Annotated[str, typer.Option(help="A name of `pockc devices`, or a YAML file that describes a board.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -44,32 +45,61 @@ def build(
     device: Device = devices.DEFAULT,
     selftest: Annotated[bool, typer.Option(help="Store inputs and outputs for `pock-run selftest`.")] = True,
     compare_full: Annotated[bool, typer.Option(help="Also plan full backpropagation, to compare memory.")] = True,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for model.pock and pock-run.")] = Path("out"),
+    toolchain: Annotated[
+        str | None,
+        typer.Option(help="To cross-compile pock-run: zig, or a CMake toolchain file; default: zig where needed."),
+    ] = None,
+    library: Annotated[bool, typer.Option("--library", help="Add libpockrt and its headers for the board.")] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the program's files.")] = Path("out"),
 ) -> None:
     """Compile a model into a training program."""
     from pockc.build import build as build_program  # the compiler loads what the other commands do without
     from pockc.frontend.torch_parity import named_arrays
-    from pockc.targets.native import copy_runner
+    from pockc.targets.native.toolchain import for_device
 
     board = devices.find(device)
+    if toolchain is not None:
+        for_device(board, toolchain)  # a wrong name is better known before the build
     arguments = choices.arguments()
-    program = build_program(**arguments, device=device, compare_full=compare_full)
+    program = build_program(**arguments, device=board, compare_full=compare_full)
     metadata = {**program.metadata, BUILT_FROM: record(choices, arguments["scheme"])}
     program = replace(program, metadata=metadata)
-    file = output / "model.pock"
-    examples = named_arrays(arguments["model"], arguments["example_inputs"]) if selftest else None
-    program.save(file, golden=examples)
     console = Console()
     from pockc.inspect import print_summary
 
+    if program.target != "native":
+        files = find_target(program.target).emit(program, output)
+        print_summary(console, metadata)
+        for file in files:
+            _say_written(console, file)
+        return
+    file = output / "model.pock"
+    examples = named_arrays(arguments["model"], arguments["example_inputs"]) if selftest else None
+    program.save(file, golden=examples)
     print_summary(console, {**metadata, "memory": program.memory.as_json()})
+    _say_written(console, file)
+    _deliver(console, program, board, output, toolchain, library)
+
+
+def _say_written(console: Console, file: Path) -> None:
     console.print(f"Wrote {file} ({file.stat().st_size / 2**20:.1f} MiB)", soft_wrap=True, highlight=False)
+
+
+def _deliver(
+    console: Console, program: pockc.Program, board: devices.Device, output: Path, toolchain: str | None, library: bool
+) -> None:
+    """Put `pock-run` and what else the board needs beside the program, or say why it is not there."""
+    from pockc.targets.native import deliver
+
     try:
-        runner = copy_runner(board, output)
+        delivered = deliver(program, board, output, toolchain, library=library)
     except UserError as error:
+        if toolchain is not None or library:
+            raise
         console.print(Text(f"Note: {error}", style="yellow"), soft_wrap=True)
-    else:
-        console.print(f"Wrote {runner}", soft_wrap=True, highlight=False)
+        return
+    for made in delivered:
+        console.print(f"Wrote {made} ({made.stat().st_size / 2**10:.0f} KiB)", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -86,6 +116,8 @@ def inspect(
     from pockc.memory_page import write_trace
 
     artifact = read(file)
+    if (html or trace) and (target := artifact.metadata.get("target", "native")) != "native":
+        raise UserError(f"the target {target} plans its own memory", instead="Look at the .onnx files in Netron.")
     if text:
         typer.echo(views.text(artifact, entry))
         return
@@ -167,15 +199,41 @@ def export(
         console.print(Text(note, style="yellow"), soft_wrap=True)
 
 
+@app.command()
+def deploy(
+    folder: Annotated[Path, typer.Argument(help="What `pockc build` wrote.")],
+    destination: Annotated[str, typer.Argument(help="Where to, as user@board:folder.")],
+    selftest: Annotated[bool, typer.Option("--selftest", help="Then let the board check its results.")] = False,
+    bench: Annotated[bool, typer.Option("--bench", help="Then time a training step on the board.")] = False,
+    ssh: Annotated[str, typer.Option(help="The ssh command, as 'ssh -p 2222'.")] = "ssh",
+    launcher: Annotated[
+        str, typer.Option(help="What runs pock-run on the board, as 'taskset -c 3' or an emulator.")
+    ] = "",
+) -> None:
+    """Copy a built folder to a board over ssh, and print what the board measures."""
+    from pockc import deploy as deployment
+
+    board = deployment.Board.parse(destination, ssh, launcher)
+    described = deployment.deploy(folder, board)
+    Console().print(f"Copied {folder} to {destination}: {described}", soft_wrap=True, highlight=False)
+    for verb in [*(["selftest"] if selftest else []), *(["bench"] if bench else [])]:
+        typer.echo(board.pock_run(verb))
+
+
 @app.command("devices")
-def list_devices() -> None:
-    """List the known devices."""
-    table = Table("name", "toolchain", "CPU features", "threads", "memory", "target", "dtype")
+def list_devices(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with what each board is assumed to do.")] = False,
+) -> None:
+    """List the known devices. Boards of your own are YAML files: see the README."""
+    if as_json:
+        typer.echo(json.dumps([device.as_json() for device in devices.DEVICES.values()], indent=2))
+        return
+    table = Table(Column("name", no_wrap=True), "machine", "core", "CPU features", "threads", "memory", "dtype")
     for device in devices.DEVICES.values():
         memory = f"{device.memory_bytes / 2**30:.0f} GiB" if device.memory_bytes else "varies"
         features = " ".join(device.features)
-        row = (device.name, device.triple, features, str(device.threads), memory, device.target, device.dtype)
-        table.add_row(*row)
+        threads = str(device.threads) if device.threads == device.cores else f"{device.threads} of {device.cores}"
+        table.add_row(device.name, device.architecture, device.cpu or "any", features, threads, memory, device.dtype)
     Console().print(table)
 
 

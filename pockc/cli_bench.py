@@ -19,6 +19,7 @@ from pockc.build import build
 from pockc.cli_options import Choices, recorded
 from pockc.errors import UserError
 from pockc.inspect import print_ablation, print_measurement
+from pockc.targets import devices
 from pockc.targets.devices import DEFAULT
 
 
@@ -41,7 +42,7 @@ class Source:
             return {**self.choices.arguments(), "device": self.device}
         metadata = read(self.program).metadata
         choices, scheme = recorded(metadata, self.program)
-        return {**choices.arguments(scheme), "device": metadata["device"]}
+        return {**choices.arguments(scheme), "device": devices.recorded(metadata)}
 
 
 def source_of(choices: Choices, device: str) -> Source:
@@ -64,7 +65,11 @@ def measure(source: Source, console: Console, entry: str, steps: int, threads: i
             file = Path(folder, "model.pock")
             build(**source.arguments()).save(file)
         measurement = bench.measure(file, entry, steps, threads)
+        target = read(file).metadata.get("target", "native")
     print_measurement(console, source.name, measurement)
+    if target != "native":
+        note = f"Note: what {target} allocates for activations and weights is not counted."
+        console.print(Text(note, style="yellow"), soft_wrap=True)
     return {"program": source.name, **measurement.as_json()}
 
 

@@ -12,12 +12,12 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from pockc.budget import parse_size
 from pockc.calibration import load_samples
 from pockc.cli_model import load_model, make_loss, make_optimizer
 from pockc.errors import UserError
 from pockc.optim import Schedule
 from pockc.scheme import Scheme
+from pockc.sizes import parse_size
 
 BUILT_FROM = "built_from"  # in a program's metadata: the record that `record` makes and `recorded` reads
 EXAMPLE = "example"  # calibration by the example inputs
@@ -63,6 +63,7 @@ class Choices:
     calibrate: Annotated[
         str | None, typer.Option(help="Samples that int8 activations shall cover: an .npz file, or `example`.")
     ] = None
+    saved_dtype: Annotated[str, typer.Option(help="How activations wait for the backward pass: f32, or int8.")] = "f32"
     entries: Annotated[str, typer.Option(help="What the program can do; train_step is needed.")] = (
         "train_step,eval_step,infer"
     )
@@ -72,6 +73,10 @@ class Choices:
     micro_batch: Annotated[
         int, typer.Option(min=0, help="Samples that run through the step at a time; 0: all, or what a budget needs.")
     ] = 0
+
+    target: Annotated[
+        str, typer.Option(help="native, or onnxruntime: the same steps as ONNX models for plain ONNX Runtime.")
+    ] = "native"
 
     def arguments(self, scheme: Scheme | None = None) -> dict[str, Any]:
         """Keyword arguments that `pockc.build` and `verify_against_torch` have in common.
@@ -108,9 +113,11 @@ class Choices:
             "frozen_dtype": self.frozen_dtype,
             "prefix_dtype": self.prefix_dtype,
             "calibration": self.calibration(),
+            "saved_dtype": self.saved_dtype,
             "entries": tuple(name.strip() for name in self.entries.split(",")),
             "memory_budget": parse_size(self.memory_budget) if self.memory_budget else None,
             "micro_batch": self.micro_batch,
+            "target": self.target,
         }
 
     def calibration(self) -> Any:

@@ -48,7 +48,7 @@ def golden_vectors(program: Program, examples: Mapping[str, Any], seed: int = 0)
         entries = read(file).entries
         loss = program.metadata.get("loss")
         arrays = {name: np.asarray(value) for name, value in examples.items()}
-        batch = next(batches(arrays, entries, loss if loss in LOSSES else None, 1, seed))
+        batch = next(batches(arrays, program.entries["train_step"], loss if loss in LOSSES else None, 1, seed))
         vectors: dict[str, Array] = {}
         for name in ENTRIES:
             if name not in entries or (program.accumulation > 1 and name == "train_step"):

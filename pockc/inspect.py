@@ -27,7 +27,9 @@ def text(artifact: Artifact, entry: str) -> str:
 
 def print_summary(console: Console, metadata: Mapping[str, Any]) -> None:
     """What was built: options, parameters, memory, passes."""
-    console.print(_program_table(metadata), _memory_table(metadata["memory"]), sep="\n")
+    console.print(_program_table(metadata))
+    if "memory" in metadata:
+        console.print(_memory_table(metadata["memory"]))
     table = Table("pass", "ms", "nodes after", title="Passes")
     for name, milliseconds, nodes in _passes(metadata.get("passes", ())):
         table.add_row(name, f"{milliseconds:.1f}", str(nodes))
@@ -37,10 +39,12 @@ def print_summary(console: Console, metadata: Mapping[str, Any]) -> None:
 def print_tables(console: Console, artifact: Artifact, entry: str) -> None:
     """The program as tables: options, memory, tensors at the peak, memory by module, the entry's calls by op."""
     chosen = artifact.entry(entry)
-    memory = artifact.metadata["memory"]
-    console.print(_program_table(artifact.metadata), _memory_table(memory), sep="\n")
-    _print_rows(console, "Tensors at the peak", ("tensor", "type", "size", "kind", "module", "source"), _peak(memory))
-    _print_rows(console, "Peak memory by module", ("module", "size"), _by_module(memory))
+    console.print(_program_table(artifact.metadata))
+    if memory := artifact.metadata.get("memory"):
+        console.print(_memory_table(memory))
+        columns = ("tensor", "type", "size", "kind", "module", "source")
+        _print_rows(console, "Tensors at the peak", columns, _peak(memory))
+        _print_rows(console, "Peak memory by module", ("module", "size"), _by_module(memory))
     _print_rows(console, f"Tensors of {entry}", ("role", "name", "type"), _arguments(chosen))
     _print_rows(
         console, f"Calls of {entry} by op", ("op", "forward", "backward", "recompute", "update"), _calls(chosen)
@@ -155,6 +159,10 @@ def _facts(metadata: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         yield "large frozen weights", str(metadata["frozen_dtype"])
     if metadata.get("prefix_dtype", "f32") != "f32":
         yield "frozen prefix", str(metadata["prefix_dtype"])
+    if metadata.get("saved_dtype", "f32") != "f32":
+        yield "saved activations", str(metadata["saved_dtype"])
+    if metadata.get("target", "native") != "native":
+        yield "target", str(metadata["target"])
     yield "device", str(metadata.get("device", ""))
     yield from _memory_facts(metadata)
     if metadata.get("without_gradient"):

@@ -11,15 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from pockc.artifact import Entry, read
 from pockc.build import build
 from pockc.errors import InternalError, UserError
-from pockc.ir import NUMPY_DTYPES, Array, State, contents
+from pockc.ir import NUMPY_DTYPES, Array, Graph, State, contents
 from pockc.optim import AdamW, Optimizer
 from pockc.program import Program
 from pockc.recipe import FrozenDtype
 from pockc.scheme import Scheme, resolve
-from pockc.session import Session
+from pockc.session import open_session
 
 LOSS_TOLERANCE = 1e-4  # relative, of every step's loss
 TENSOR_TOLERANCE = 1e-3  # norm of the difference over the norm of the tensor's own change
@@ -85,14 +84,15 @@ def verify_against_torch(
     disabled: frozenset[str] = frozenset(),
     with_noise: bool = False,
     frozen_dtype: FrozenDtype = "f32",
+    target: str = "native",
     **memory_options: Any,
 ) -> Parity:
     """Train a model for some steps in a session and in PyTorch eager, on the same seeded batches.
 
     The batches are the example inputs with their rows shuffled and, where they are real-valued, with noise; labels of a
     named loss are random. Model, loss, optimizer, scheme and batchnorm are those of `pockc.build`, and so are
-    ``memory_options``: ``memory_budget``, ``micro_batch``, which change no result beyond rounding, and ``state_dtype``
-    and ``prefix_dtype``, which do: PyTorch keeps to float32, and the comparison shows what ``int8`` costs.
+    ``memory_options``: ``memory_budget``, ``micro_batch``, which change no result beyond rounding, and ``state_dtype``,
+    ``prefix_dtype`` and ``saved_dtype``, which do: PyTorch keeps to float32, and the comparison shows the cost of int8.
     ``with_noise`` also trains PyTorch in float64, and fills in `Parity.noise`. With a compact ``frozen_dtype`` PyTorch
     gets the frozen weights that the program's kernels see: `decoded_weights`.
 
@@ -107,7 +107,7 @@ def verify_against_torch(
     options = dict(loss_options or {})
     compiled = partial(
         build, model, example_inputs, loss, optimizer, scheme, batchnorm,
-        accumulation=accumulation, loss_options=options, disabled=disabled,
+        accumulation=accumulation, loss_options=options, disabled=disabled, target=target,
     )  # fmt: skip
     program = compiled(frozen_dtype=frozen_dtype, **memory_options)
     names = model_names(model)
@@ -123,9 +123,9 @@ def verify_against_torch(
         file = Path(folder, "model.pock")
         program.save(file)
         examples = named_arrays(model, example_inputs)
-        given = list(batches(examples, read(file).entries, loss, steps * accumulation, seed))
+        given = list(batches(examples, program.entries["train_step"], loss, steps * accumulation, seed))
         zero = reference.zero_gradients(given[0])
-        with Session(file, threads, reference_kernels=reference_kernels) as session:
+        with open_session(file, threads, reference_kernels=reference_kernels) as session:
             losses = [(session.train_step(**batch), reference.train_step(batch)) for batch in given]
             ours = session.parameters()
     theirs = reference.arrays()
@@ -209,17 +209,18 @@ def _tensor_error(
     return TensorError(name, error if np.isfinite(error) else float("inf"), change, zero)
 
 
-def batches(
-    examples: Mapping[str, Array], entries: Mapping[str, Entry], loss: Any, count: int, seed: int
-) -> Iterator[dict[str, Array]]:
-    """Seeded batches like the example inputs, with labels of their own where ``loss`` names one."""
+def batches(examples: Mapping[str, Array], step: Graph, loss: Any, count: int, seed: int) -> Iterator[dict[str, Array]]:
+    """Seeded batches like the example inputs, with labels of their own for the training step ``step``.
+
+    That is where ``loss`` names a built-in one.
+    """
     random = np.random.default_rng(seed)
     rows = max((array.shape[0] for array in examples.values() if array.ndim), default=1)
     for _ in range(count):
         order = random.permutation(rows)
         batch = {name: _varied(array, order, random) for name, array in examples.items()}
         if isinstance(loss, str):
-            batch["labels"] = _labels(entries, loss, random)
+            batch["labels"] = _labels(step, loss, random)
         yield batch
 
 
@@ -233,21 +234,20 @@ def _varied(array: Array, order: Array, random: np.random.Generator) -> Array:
     return np.asarray(array + noise, array.dtype)
 
 
-def _classes(step: Entry) -> int:
+def _classes(step: Graph) -> int:
     """How many classes the loss of a training step tells apart."""
-    for call in step.calls:
-        if call.op == "cross_entropy":
-            return call.inputs[0].shape[-1]
-        if call.op == "cross_entropy_of_tiles":
-            return call.ints[0]  # its first attribute
+    for node in step.nodes:
+        if node.op == "cross_entropy":
+            return node.inputs[0].type.shape[-1]
+        if node.op == "cross_entropy_of_tiles":
+            return int(node.attrs["classes"])
     raise InternalError("a loss with labels of classes has no cross entropy")
 
 
-def _labels(entries: Mapping[str, Entry], loss: str, random: np.random.Generator) -> Array:
-    labels = entries["train_step"].inputs["labels"]
+def _labels(step: Graph, loss: str, random: np.random.Generator) -> Array:
+    labels = next(value.type for value in step.inputs if value.name == "labels")
     if labels.dtype == "i64":
-        classes = _classes(entries["train_step"])
-        return random.integers(0, classes, labels.shape, dtype=np.int64)
+        return random.integers(0, _classes(step), labels.shape, dtype=np.int64)
     if loss == "bce_with_logits":
         return random.integers(0, 2, labels.shape).astype(np.float32)
     return random.standard_normal(labels.shape).astype(NUMPY_DTYPES[labels.dtype])

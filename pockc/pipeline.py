@@ -15,6 +15,7 @@ from pockc.passes import (
     attach_loss,
     attach_optimizer,
     canonicalize,
+    compress_saved,
     cse,
     dce,
     differentiate,
@@ -97,6 +98,7 @@ LOWER: tuple[Pass, ...] = (
     Pass("fuse", fuse.run, "lowered", optional=True),  # after differentiation: gradients read unfused nodes
     Pass("duplicate", duplicate.run, "lowered", optional=True),  # before the order is chosen
     Pass("tile-vocabulary", tile_vocabulary.run, "lowered", optional=True),  # gradients and updates are final by now
+    Pass("compress-saved", compress_saved.run, "lowered"),  # before what is saved is weighed
     Pass("fit-memory", fit_memory.run, "lowered", optional=True),  # after cse, which would undo it
     Pass("split-backward", split_backward.run, "lowered", optional=True),  # before what is fitted below the rest
     Pass("tile-updates", tile_updates.run, "lowered", optional=True),  # as is what follows
@@ -105,6 +107,13 @@ LOWER: tuple[Pass, ...] = (
     Pass("split-prefix", split_prefix.run, "lowered", optional=True),  # after the last pass that adds readers
     Pass("reorder", reorder.run, "lowered", reducible=True),
 )
+
+# For ONNX Runtime, which orders nodes, fuses elementwise chains and plans memory by itself. Unsupported nodes are
+# refused when all passes are done, with the places where they are.
+LOWER_ONNX: tuple[Pass, ...] = (*LOWER[:4], Pass("fuse", fuse.run, optional=True))
+
+# By target.
+LOWERINGS: Mapping[str, tuple[Pass, ...]] = {"native": LOWER, "onnxruntime": LOWER_ONNX}
 
 # Over all entries of a program. Last: what is compact must be agreed between entries that were lowered one by one, and
 # neither order nor plan depends on it.

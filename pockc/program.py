@@ -28,15 +28,23 @@ class Program:
     max_threads: int
     accumulation: int
     metadata: Mapping[str, Any]
+    target: str = "native"  # which other backends plan and place by themselves: then there are no placements
 
     def save(self, path: str | Path, *, golden: Mapping[str, Any] | None = None) -> None:
         """Write the .pock file, replacing an old one only when the new one is complete.
+
+        A target other than the native one puts its own files beside it.
 
         Args:
             path: Where to.
             golden: Example inputs by name. If given, the file also holds inputs like them with the outputs that each
                 entry must make of them, for ``pock-run selftest``. That runs each entry once.
         """
+        if self.target == "onnxruntime":
+            from pockc.targets.onnxruntime.container import write_models  # it depends on the program too
+
+            write_models(self, Path(path))
+            return
         from pockc.artifact import write  # the writer depends on the program, not the program on the writer
         from pockc.golden import golden_vectors
 
@@ -54,7 +62,9 @@ class Program:
 
     @cached_property
     def memory(self) -> MemoryReport:
-        """The account of every planned byte."""
+        """The account of every planned byte. Raises UserError where the target plans by itself."""
+        if self.target != "native":
+            raise UserError(f"the memory of the target {self.target} is not planned here", instead="Measure it there.")
         from pockc.memory_report import account  # it reads programs
 
         return account(self)

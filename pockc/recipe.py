@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 StateDtype = Literal["f32", "int8"]
 BatchNorm = Literal["fold", "freeze", "train"]
+SavedDtype = Literal["f32", "int8"]
 FrozenDtype = Literal["f32", "bf16", "int8", "int4"]
 PrefixDtype = Literal["f32", "int8"]
 
@@ -30,7 +31,8 @@ class Recipe:
     ``loss`` is the name of a built-in loss, or None where the graph already has an output called ``loss``.
     ``accumulation`` is the number of micro-steps per optimizer step; ``threads`` sizes the kernels' workspaces,
     and ``workspace`` is the target's count of their bytes for a node: passes that weigh memory ask it.
-    ``state_dtype`` is how optimizer slots are stored, ``frozen_dtype`` how frozen weights are.
+    ``state_dtype`` is how optimizer slots are stored, ``frozen_dtype`` how frozen weights are, ``saved_dtype`` how
+    activations wait for the backward pass.
     ``prefix_ranges`` is what the values of the frozen prefix were measured to lie between, by their keys
     (`passes.frozen_prefix`); where there are any, the prefix runs in eight bits.
     ``sufficient`` is what another entry of the program takes of the arena anyway: below it no byte is worth a search.
@@ -47,6 +49,7 @@ class Recipe:
     batchnorm: BatchNorm = "fold"
     accumulation: int = 1
     state_dtype: StateDtype = "f32"
+    saved_dtype: SavedDtype = "f32"
     frozen_dtype: FrozenDtype = "f32"
     prefix_ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     threads: int = 1

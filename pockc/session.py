@@ -7,28 +7,20 @@ import json
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from pockc import abi
-from pockc.errors import UserError, near_names
+from pockc.artifact import read
+from pockc.base_session import LEARNING_RATE as LEARNING_RATE
+from pockc.base_session import BaseSession, Types
+from pockc.base_session import Memory as Memory
+from pockc.errors import UserError
 from pockc.ir import Array
 
-LEARNING_RATE = "pockc.learning_rate"
 
-
-class Memory(NamedTuple):
-    """Bytes that a session takes: see ``pk_memory`` in runtime.h."""
-
-    arena_bytes: int
-    state_bytes: int
-    mapped_bytes: int
-    used_peak_bytes: int
-
-
-class Session:
+class Session(BaseSession):
     """A running program: its parameters, optimizer state and arena.
 
     Inputs are numpy arrays, or whatever ``numpy.asarray`` takes (CPU tensors of PyTorch among them), by the names that
@@ -50,7 +42,7 @@ class Session:
         self._program, self._session = ctypes.c_void_p(), ctypes.c_void_p()
         abi.check(self._library.pk_program_load(str(path).encode(), ctypes.byref(self._program)))
         try:
-            self.metadata: dict[str, Any] = json.loads(self._library.pk_program_metadata(self._program) or b"{}")
+            self.metadata = json.loads(self._library.pk_program_metadata(self._program) or b"{}")
             options = abi.Options(threads, int(reference_kernels))
             created = self._library.pk_session_create(self._program, options, ctypes.byref(self._session))
             abi.check(created)
@@ -60,53 +52,23 @@ class Session:
         except UserError:
             self.close()
             raise
-        self._states = self._arguments("", abi.STATE)
-        self._signatures: dict[str, tuple[dict[str, abi.Tensor], dict[str, abi.Tensor]]] = {}
+        self.states = self._tensors("", abi.STATE)
+        self._signatures: dict[str, tuple[Types, Types]] = {}
 
     # --- Steps --------------------------------------------------------------------------------------------------------
 
-    def train_step(self, **inputs: Any) -> float:
-        """One step (one micro-step, where gradients accumulate) on a batch; returns its loss before the update."""
-        return float(self.run("train_step", **inputs)["loss"])
-
-    def eval_step(self, **inputs: Any) -> dict[str, Array]:
-        """Loss on a batch with labels, and the outputs; nothing is updated.
-
-        Where every token has a label, ``correct`` and ``counted``, per sample, stand in the place of the logits.
-        """
-        return self.run("eval_step", **inputs)
-
-    def infer(self, **inputs: Any) -> Array | dict[str, Array]:
-        """The model's output on a batch; a dict where it has several."""
-        outputs = self.run("infer", **inputs)
-        return next(iter(outputs.values())) if len(outputs) == 1 else outputs
-
-    def run(self, entry: str, /, **inputs: Any) -> dict[str, Array]:
-        """Run one entry and return its outputs by name.
-
-        Raises:
-            UserError: no such entry; an input is missing, unknown, or of another shape or dtype; an id is out of range.
-        """
-        wanted, results = self._signature(entry)
-        if unknown := [name for name in inputs if name not in wanted]:
-            hint = near_names(unknown[0], wanted)
-            raise UserError(f"{entry} has no input {unknown[0]!r}", supported=", ".join(wanted), instead=hint)
-        if missing := [name for name in wanted if name not in inputs]:
-            raise UserError(f"{entry} needs the input {missing[0]!r}", supported=", ".join(wanted))
-        arrays = {name: _converted(name, value, wanted[name], is_input=True) for name, value in inputs.items()}
-        outputs = {name: np.empty(tensor.shape, tensor.numpy_dtype) for name, tensor in results.items()}
+    def _execute(self, entry: str, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
         status = self._library.pk_session_run(
             self._handle(),
             entry.encode(),
-            abi.names(list(arrays)),
-            abi.tensors(list(arrays.values())),
-            len(arrays),
+            abi.names(list(inputs)),
+            abi.tensors(list(inputs.values())),
+            len(inputs),
             abi.names(list(outputs)),
             abi.tensors(list(outputs.values())),
             len(outputs),
         )
         abi.check(status)
-        return outputs
 
     def input_buffer(self, entry: str, name: str) -> Array:
         """The session's own memory of an input, as an array: a batch that is made there is not copied by `run`.
@@ -126,33 +88,11 @@ class Session:
 
     # --- States -------------------------------------------------------------------------------------------------------
 
-    def state(self, name: str) -> Array:
-        """A copy of a parameter, buffer, optimizer slot or counter, in the layout that the model has it in."""
-        tensor = self._state_type(name)
-        array = np.empty(tensor.shape, tensor.numpy_dtype)
+    def _read_state(self, name: str, array: Array) -> None:
         abi.check(self._library.pk_session_read_state(self._handle(), name.encode(), abi.Tensor.of(array)))
-        return array
 
-    def set_state(self, name: str, value: Any) -> None:
-        """Write a state that the program updates. Raises UserError for a frozen one or another shape or dtype."""
-        array = _converted(name, value, self._state_type(name), is_input=False)
+    def _write_state(self, name: str, array: Array) -> None:
         abi.check(self._library.pk_session_write_state(self._handle(), name.encode(), abi.Tensor.of(array)))
-
-    def parameters(self) -> dict[str, Array]:
-        """Every parameter in the file by its original names, frozen and tied ones included, as copies.
-
-        A frozen parameter that the build folded into a constant is not in the file: ``metadata["omitted"]`` names it.
-        """
-        aliases: Mapping[str, str] = self.metadata.get("aliases", {})
-        names = [name for name in self.metadata.get("parameters", ()) if name in self._states]
-        found = {name: self.state(name) for name in names}
-        return found | {other: found[name] for other, name in aliases.items() if name in found}
-
-    def set_learning_rate(self, value: float) -> None:
-        """Set the base learning rate, which a schedule scales."""
-        if not value >= 0:
-            raise UserError(f"a learning rate is a number of at least 0, found {value!r}")
-        self.set_state(LEARNING_RATE, np.float32(value))
 
     def save_checkpoint(self, path: str | Path, *, cursor: Any = None) -> None:
         """Write every updated state, crash-safe. ``cursor``, any JSON value, comes back from `load_checkpoint`."""
@@ -186,14 +126,6 @@ class Session:
             self._library.pk_program_free(self._program)
         self._session, self._program = ctypes.c_void_p(), ctypes.c_void_p()
 
-    def __enter__(self) -> Session:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def __del__(self) -> None:
         # An __init__ that failed early has no handles; at interpreter exit modules may be gone already.
         if getattr(self, "_session", None) is not None:
@@ -204,9 +136,12 @@ class Session:
             raise UserError("this session is closed", instead="Make a new one: pockc.Session(path).")
         return self._session
 
+    def _require_open(self) -> None:
+        self._handle()
+
     # --- Signatures ---------------------------------------------------------------------------------------------------
 
-    def _arguments(self, entry: str, role: int) -> dict[str, abi.Tensor]:
+    def _tensors(self, entry: str, role: int) -> dict[str, abi.Tensor]:
         found: dict[str, abi.Tensor] = {}
         name = ctypes.c_char_p()
         while True:
@@ -219,36 +154,24 @@ class Session:
             abi.check(status)
             found[abi.text(name.value)] = tensor
 
-    def _signature(self, entry: str) -> tuple[dict[str, abi.Tensor], dict[str, abi.Tensor]]:
-        self._handle()
+    def _arguments(self, entry: str) -> tuple[Types, Types]:
         if entry not in self._signatures:
-            signature = self._arguments(entry, abi.INPUT), self._arguments(entry, abi.OUTPUT)
-            if not any(signature):
-                known = ", ".join(self.metadata.get("text", ()))
-                hint = "Build it with that entry." if entry in ("eval_step", "infer") else ""
-                raise UserError(f"the program has no entry {entry!r}", supported=known, instead=hint)
-            self._signatures[entry] = signature
+            self._signatures[entry] = self._tensors(entry, abi.INPUT), self._tensors(entry, abi.OUTPUT)
         return self._signatures[entry]
 
-    def _state_type(self, name: str) -> abi.Tensor:
-        if name in self._states:
-            return self._states[name]
-        if name in self.metadata.get("aliases", {}):
-            raise UserError(f"{name} is tied", instead=f"Ask for {self.metadata['aliases'][name]}.")
-        folded = " (no entry reads it as it is)" if name in self.metadata.get("omitted", ()) else ""
-        raise UserError(f"the program has no state {name!r}{folded}", instead=near_names(name, self._states))
 
+def open_session(path: str | Path, threads: int = 1, *, reference_kernels: bool = False) -> BaseSession:
+    """A session of a program, with what its target runs it with.
 
-def _converted(name: str, value: Any, wanted: abi.Tensor, *, is_input: bool) -> Array:
-    """A contiguous array of the wanted dtype and shape. Raises UserError where that would lose more than rounding."""
-    array = np.asarray(value)
-    target = wanted.numpy_dtype
-    widens = np.can_cast(array.dtype, target, "safe") and array.dtype.kind == target.kind
-    if not widens and (array.dtype, target) != (np.dtype(np.float64), np.dtype(np.float32)):
-        raise UserError(f"{name} has dtype {array.dtype}, the program wants {target}", instead="Convert it first.")
-    if array.shape != wanted.shape:
-        same_item = is_input and array.shape[1:] == wanted.shape[1:] and array.ndim == len(wanted.shape) > 0
-        hint = f"Build with --batch-size {array.shape[0]}, or pad the batch." if same_item else ""
-        shapes = f"{name} has shape {list(array.shape)}, the program wants {list(wanted.shape)}"
-        raise UserError(shapes, instead=hint)
-    return np.asarray(array, target, order="C")
+    Raises:
+        UserError: as for `Session`; or the package of the target is not installed.
+    """
+    if read(path).metadata.get("target", "native") == "native":
+        return Session(path, threads, reference_kernels=reference_kernels)
+    try:
+        from pockc.targets.onnxruntime.runner import ModelSession  # its package is an extra
+    except ImportError:
+        raise UserError(
+            f"{path} is a program for ONNX Runtime, which is not installed", instead='pip install "pockc[onnxruntime]"'
+        ) from None
+    return ModelSession(path, threads)

@@ -33,8 +33,9 @@ def find(name: str) -> Target:
     """The target of that name. Raises UserError if there is none."""
     from pockc.targets.native import NATIVE  # targets depend on this module, so it imports them when asked
     from pockc.targets.null import NULL
+    from pockc.targets.onnxruntime import ONNXRUNTIME
 
-    targets: dict[str, Target] = {target.name: target for target in (NATIVE, NULL)}
+    targets: dict[str, Target] = {target.name: target for target in (NATIVE, ONNXRUNTIME, NULL)}
     if name not in targets:
         raise UserError(f"there is no target {name!r}", supported=", ".join(targets), instead=near_names(name, targets))
     return targets[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +17,7 @@ from rich.console import Console
 
 import pockc
 from pockc import ablation, pipeline
+from pockc.abi import runtime_file
 from pockc.artifact import read
 from pockc.bench import batch_of, made_up, measure, time_steps
 from pockc.cli_model import load_model
@@ -162,7 +164,9 @@ def test_order_buys_bytes_of_full_backpropagation(network: Shell, monkeypatch: p
 def test_ablation_of_a_program_builds_it_as_it_was_built(network: Shell) -> None:
     (network.folder / "mine.yaml").write_text("update: [head.*]\n")
     options = "--scheme mine.yaml --batch-size 5 --optimizer sgd --learning-rate 0.5 --momentum 0.9 --accumulate 2"
-    assert network("build", "net.py:make", *options.split(), "--label-smoothing", "0.1", "--device", "rpi4")[0] == 0
+    assert (
+        network("build", "net.py:make", *options.split(), "--label-smoothing", "0.1", "--device", "x86-64-avx2")[0] == 0
+    )
     (network.folder / "mine.yaml").unlink()  # the program has it
     code, out, err = network("bench", "out/model.pock", "--ablate", "--steps", "1", "--json", "ablation.json")
 
@@ -270,3 +274,23 @@ def test_bad_commands_end_with_one_sentence_and_code_2(network: Shell, golden: C
         assert err.count("\n") == 1, name
         lines.append(f"{name}: {err.replace(str(network.folder) + '/', '')}")
     golden("".join(lines))
+
+
+# --- Where the time goes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_pock_run_shows_the_time_of_every_call(network: Shell, accumulation: int) -> None:
+    network("build", "net.py:make", "--accumulate", str(accumulation))
+    command = [str(runtime_file("pock-run")), "bench", "out/model.pock", "--steps", "4", "--profile"]
+    done = subprocess.run([*command, "--json", "bench.json"], capture_output=True, text=True, check=True)
+
+    calls = read("out/model.pock").entry("train_step").calls
+    figures = report("bench.json")
+    assert [call["op"] for call in figures["profile"]] == [call.op for call in calls]
+    assert all(call["cpu_ms"] >= 0 for call in figures["profile"])
+    assert 0 < sum(call["cpu_ms"] for call in figures["profile"]) < 1.5 * figures["cpu_ms_per_step_p95"]
+    assert re.search(r"^conv2d +\d+ +[\d.]+ +[\d.]+%$", done.stdout, re.MULTILINE)
+    assert "longest calls" in done.stdout
+    stem = [call["shapes"] for call in figures["profile"] if call["origin"].startswith("stem.0 ")]
+    assert any(re.fullmatch(r"\[\d,16,16,3\] \[16,3,3,3\] \[16\] > \[\d,16,16,16\]", shapes) for shapes in stem)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +37,7 @@ def message(action: Callable[[], object]) -> str:
 
 
 def test_every_promised_device_is_there() -> None:
-    promised = "rpi3 rpi4 rpi5 jetson-nano jetson-orin android-arm64 x86-64 x86-64-avx2 x86-64-avx512"
+    promised = "rpi3 rpi4 rpi5 rpi-armv7 jetson-nano jetson-orin android-arm64 x86-64 x86-64-avx2 x86-64-avx512 riscv64"
     assert list(devices.DEVICES) == promised.split()
 
 
@@ -46,8 +47,10 @@ def test_device_has_a_target_that_exists_and_sensible_facts(name: str) -> None:
 
     assert device.name == name
     assert targets.find(device.target).name == device.target
-    assert 1 <= device.threads <= 16
+    assert 1 <= device.threads <= device.cores <= 16
     assert device.dtype == "f32"
+    assert device.architecture in devices.ARCHITECTURES
+    assert device.cost.gflops > device.cost.gigabytes_per_second > 0
     assert device.is_x86 == name.startswith("x86")
 
 
@@ -55,9 +58,66 @@ def test_messages_about_unknown_names(golden: Callable[..., None]) -> None:
     golden(message(lambda: devices.find("rpi44")) + "\n" + message(lambda: targets.find("nativ")) + "\n")
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("name: a\nlike: rpi44\n", "there is no device 'rpi44'"),
+        ("name: a\nlike: rpi4\ncoers: 2\n", "unknown field 'coers'"),
+        ("name: a\nlike: rpi4\ncost: {gflop: 2}\n", "unknown field 'cost.gflop'"),
+        ("name: a\nlike: rpi4\ncores: 0\n", "field 'cores'"),
+        ("name: a\nlike: rpi4\nmemory: lots\n", "'lots' is not a size of memory"),
+        ("name: a\nlike: rpi4\nthreads: 8\n", "8 threads on 4 cores"),
+        ("name: a\ncores: 2\n", "the description lacks triple, memory"),
+        ("name: rpi4\nlike: rpi5\n", "'rpi4' is the name of a known device"),
+        ("name: a b\nlike: rpi4\n", "field 'name'"),
+        ("name: a\nlike: rpi4\ntriple: mips-linux-gnu\n", "the triple 'mips-linux-gnu' names no machine"),
+        ("- a\n", "valid dictionary"),
+        ("name: [\n", "not valid YAML"),
+    ],
+)
+def test_wrong_description_of_a_board_says_what_is_wrong(text: str, expected: str, tmp_path: Path) -> None:
+    file = tmp_path / "board.yaml"
+    file.write_text(text)
+    assert expected in message(lambda: devices.find(str(file)))
+
+
+def test_missing_description_of_a_board_is_an_error() -> None:
+    assert "cannot read the device file nowhere.yaml" in message(lambda: devices.find("nowhere.yaml"))
+
+
+def test_board_of_ones_own_takes_the_rest_from_one_that_it_is_like(tmp_path: Path) -> None:
+    file = tmp_path / "board.yaml"
+    file.write_text("name: mine\nlike: rpi4\ncores: 2\nmemory: 512MiB\ncost: {gflops: 6}\n")
+
+    device = devices.find(str(file))
+
+    assert (device.name, device.cores, device.threads, device.memory_bytes) == ("mine", 2, 2, 512 << 20)
+    assert device.cost == devices.Cost(6.0, devices.find("rpi4").cost.gigabytes_per_second)
+    assert (device.triple, device.features) == ("aarch64-linux-gnu", ("neon",))
+
+
+def test_board_of_ones_own_may_say_everything(tmp_path: Path) -> None:
+    file = tmp_path / "board.yaml"
+    file.write_text("name: mine\ntriple: riscv64-linux-musl\ncores: 8\nthreads: 3\nmemory: 2GiB\n")
+    device = devices.find(str(file))
+    assert (device.architecture, device.cores, device.threads) == ("riscv64", 8, 3)
+
+
+def test_program_knows_the_board_of_ones_own(tmp_path: Path) -> None:
+    file = tmp_path / "board.yaml"
+    file.write_text("name: mine\nlike: rpi4\ncores: 2\n")
+    model = nn.Sequential(nn.Linear(4, 3)).eval()
+
+    built = build(model, (torch.randn(2, 4),), device=str(file))
+
+    assert (built.metadata["device"], built.max_threads) == ("mine", 2)
+    assert devices.recorded(json.loads(json.dumps(dict(built.metadata)))) == devices.find(str(file))
+
+
 def test_build_for_another_board_writes_the_program_and_says_what_is_missing(
-    program: Program, golden: Callable[..., None], tmp_path: Path
+    program: Program, golden: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("pockc.targets.native.toolchain.importlib.util.find_spec", lambda name: None)  # no zig
     text = message(lambda: targets.find("native").emit(program, tmp_path))
 
     assert [file.name for file in tmp_path.iterdir()] == ["model.pock"]
@@ -70,7 +130,7 @@ def test_missing_runtime_says_how_to_build_it(
 ) -> None:
     monkeypatch.setattr(abi, "__file__", str(tmp_path / "pockc" / "abi.py"))
     monkeypatch.setattr("sys.path", [])
-    golden(message(lambda: copy_runner(devices.find("x86-64"), tmp_path)) + "\n")
+    golden(message(lambda: copy_runner(tmp_path)) + "\n")
 
 
 def test_null_target_takes_everything_and_emits_the_text_of_every_entry(program: Program, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 FAMILIES = (
     "elementwise", "activation", "masks", "reduce", "shape", "linear", "conv", "pool", "norm", "softmax",
-    "attention", "embedding", "dropout", "loss", "loss_tiles", "optimizer", "optimizer8", "quantized",
+    "attention", "embedding", "dropout", "loss", "loss_tiles", "optimizer", "optimizer8", "quantized", "saved8",
 )  # fmt: skip
 
 

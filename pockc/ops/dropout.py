@@ -9,11 +9,11 @@ from pockc.ops import Sample, define
 from pockc.ops.common import pack_bits, require, require_type
 from pockc.ops.masks import mask_type
 
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
-_ROUNDS = 10
+ROUNDS = 10
 
 
 def philox(counter: Array, key: tuple[int, int]) -> Array:
@@ -23,17 +23,17 @@ def philox(counter: Array, key: tuple[int, int]) -> Array:
     """
     c0, c1, c2, c3 = (counter[:, i] for i in range(4))
     k0, k1 = key
-    for _ in range(_ROUNDS):
-        product0 = np.uint64(_MULTIPLIERS[0]) * c0
-        product1 = np.uint64(_MULTIPLIERS[1]) * c2
+    for _ in range(ROUNDS):
+        product0 = np.uint64(MULTIPLIERS[0]) * c0
+        product1 = np.uint64(MULTIPLIERS[1]) * c2
         c0, c1, c2, c3 = (
             (product1 >> _HALF) ^ c1 ^ np.uint64(k0),
             product1 & _LOW,
             (product0 >> _HALF) ^ c3 ^ np.uint64(k1),
             product0 & _LOW,
         )
-        k0 = (k0 + _KEY_INCREMENTS[0]) & 0xFFFFFFFF
-        k1 = (k1 + _KEY_INCREMENTS[1]) & 0xFFFFFFFF
+        k0 = (k0 + KEY_INCREMENTS[0]) & 0xFFFFFFFF
+        k1 = (k1 + KEY_INCREMENTS[1]) & 0xFFFFFFFF
     return np.stack([c0, c1, c2, c3], 1)
 
 

@@ -87,6 +87,7 @@ const Flag kFlags[] = {
     int_flag("--steps", kBench, &Options::steps, 1, "steps to time (50)"),
     bool_flag("--read-weights", kBench, &Options::read_weights,
               "read all mapped weights first, so that resident memory counts them"),
+    bool_flag("--profile", kBench, &Options::profile, "show where the time of a step goes, call by call"),
     int_flag("--threads", kTrain | kEval | kInfer | kBench | kSelftest, &Options::threads, 1, "threads (1)"),
     text_flag("--json", "FILE", kTrain | kEval | kBench, &Options::json, "write a report"),
     bool_flag("--quiet", kTrain | kEval | kInfer, &Options::quiet, "no progress"),

@@ -31,6 +31,7 @@ struct Options {
   bool seed_given = false;
   bool resume = false;
   bool read_weights = false;
+  bool profile = false;
   bool quiet = false;
   bool help = false;
   const FileSystem* file_system = &posix_file_system();  // of checkpoints; for tests that make the disk fail

@@ -5,6 +5,7 @@
 #include "board.h"
 #include "commands.h"
 #include "error.h"
+#include "profile.h"
 
 namespace pockc::cli {
 namespace {
@@ -50,14 +51,15 @@ int64_t batch_size(const Program& program, const EntryRecord& entry) {
   return 1;
 }
 
-Status time_steps(Model* model, int64_t steps, StepTimer* timer) {
-  const EntryRecord* entry = model->entry("train_step");
-  if (entry == nullptr) return PK_NOT_FOUND;
+Status time_steps(Model* model, const EntryRecord* entry, int64_t steps, StepTimer* timer, Profile* profile) {
   std::vector<const char*> names;
   for (const Argument& argument : entry->inputs) names.push_back(argument.name.c_str());
   std::vector<pk_tensor> tensors(names.size());
   for (int64_t i = 0; i < kWarmUpSteps + steps; ++i) {
-    if (i == kWarmUpSteps) timer->clear();
+    if (i == kWarmUpSteps) {
+      timer->clear();
+      profile->clear();
+    }
     POCKC_TRY(fill_inputs(&model->session, *entry, &tensors));
     timer->start();
     POCKC_TRY(model->session.run("train_step", names.data(), tensors.data(),
@@ -74,17 +76,20 @@ int bench(const Options& options) {
   StepTimer timer;
   if (model.open(options) != PK_OK) return report_failure();
   if (options.read_weights) read_weights(model.program);
-  if (time_steps(&model, options.steps, &timer) != PK_OK) return report_failure();
+  const EntryRecord* entry = model.entry("train_step");
+  if (entry == nullptr) return report_failure();
+  Profile profile(*entry);
+  if (options.profile) model.session.set_observer(&profile);
+  if (time_steps(&model, entry, options.steps, &timer, &profile) != PK_OK) return report_failure();
   const Board board = read_board("");  // while the clock is still that of the steps
   const pk_memory memory = model.session.memory();
-  const EntryRecord& entry = *model.entry("train_step");
   const double samples_per_second =
-      1e3 * static_cast<double>(batch_size(model.program, entry)) / timer.wall(0.5);
+      1e3 * static_cast<double>(batch_size(model.program, *entry)) / timer.wall(0.5);
   const int64_t resident = peak_resident_bytes() - model.resident_before;
   std::printf("wall  %.3f ms/step median, %.3f 95th percentile\n", timer.wall(0.5), timer.wall(0.95));
   std::printf("CPU   %.3f ms/step median, %.3f 95th percentile\n", timer.cpu(0.5), timer.cpu(0.95));
   std::printf("speed %.2f samples/s, batch %lld, %d threads, %s\n", samples_per_second,
-              static_cast<long long>(batch_size(model.program, entry)), model.threads, best_isa());
+              static_cast<long long>(batch_size(model.program, *entry)), model.threads, best_isa());
   std::printf("arena %s, used %s, mapped weights %s\n", format_bytes(memory.arena_bytes).c_str(),
               format_bytes(memory.used_peak_bytes).c_str(), format_bytes(memory.mapped_bytes).c_str());
   std::printf("RSS   %s before load, %s after, %s at the peak\n", format_bytes(model.resident_before).c_str(),
@@ -93,15 +98,17 @@ int bench(const Options& options) {
               format_bytes(memory.arena_bytes + memory.mapped_bytes).c_str(),
               format_bytes(static_cast<uint64_t>(resident > 0 ? resident : 0)).c_str());
   std::printf("%s", describe(board).c_str());
+  if (options.profile) profile.print(model.program);
   if (options.json.empty()) return 0;
   JsonObject report;
   report.add("steps", static_cast<int64_t>(timer.steps())).add("ms_per_step", timer.mean_wall());
   report.add("ms_per_step_median", timer.wall(0.5)).add("ms_per_step_p95", timer.wall(0.95));
   report.add("cpu_ms_per_step", timer.mean_cpu()).add("cpu_ms_per_step_median", timer.cpu(0.5));
   report.add("cpu_ms_per_step_p95", timer.cpu(0.95));
-  report.add("samples_per_second", samples_per_second).add("batch_size", batch_size(model.program, entry));
+  report.add("samples_per_second", samples_per_second).add("batch_size", batch_size(model.program, *entry));
   report.add("planned_peak_bytes", static_cast<int64_t>(memory.arena_bytes + memory.mapped_bytes));
   report.add("rss_added_peak_bytes", resident);
+  if (options.profile) report.add_json("profile", profile.json(model.program));
   model.describe(&report);
   add_board(board, &report);
   return write_report(options.json, report.text() + "\n") == PK_OK ? 0 : report_failure();

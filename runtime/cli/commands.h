@@ -109,7 +109,8 @@ int report_failure();
 Status check_writable(const std::string& path);
 Status write_report(const std::string& path, const std::string& json);
 
-// Each returns the exit status of the process.
+// Each returns the exit status of the process; the first runs the verb that the arguments name.
+int dispatch(int argc, char** argv);
 int train(const Options& options);
 int evaluate(const Options& options);
 int infer(const Options& options);

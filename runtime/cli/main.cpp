@@ -1,27 +1,4 @@
 // pock-run: train, evaluate and inspect compiled programs. One static file, no dependencies.
-#include <cstdio>
-
 #include "commands.h"
 
-int main(int argc, char** argv) {
-  using namespace pockc::cli;
-  static const struct {
-    const char* verb;
-    int (*run)(const Options&);
-  } kCommands[] = {{"train", train}, {"eval", evaluate},     {"infer", infer},
-                   {"bench", bench}, {"selftest", selftest}, {"info", info}};
-  Options options;
-  std::string error;
-  if (!parse_arguments(argc, argv, &options, &error)) {
-    std::fprintf(stderr, "pock-run: %s (see pock-run --help)\n", error.c_str());
-    return 2;
-  }
-  if (options.help) {
-    std::fputs(usage().c_str(), stdout);
-    return 0;
-  }
-  for (const auto& command : kCommands) {
-    if (options.verb == command.verb) return command.run(options);
-  }
-  return 2;
-}
+int main(int argc, char** argv) { return pockc::cli::dispatch(argc, argv); }

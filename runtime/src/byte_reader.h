@@ -31,6 +31,13 @@ class ByteReader {
     return failed_ ? 0 : value;
   }
 
+  // Past a list, without reading it; returns its length.
+  uint32_t skip_list(uint32_t limit, uint64_t item_bytes) {
+    const uint32_t length = count(limit, item_bytes);
+    position_ += length * item_bytes;
+    return length;
+  }
+
   // A string without NUL inside.
   std::string text(uint32_t limit) {
     const uint32_t length = count(limit, 1);

@@ -13,7 +13,7 @@ constexpr uint32_t kMaxCalls = 1u << 20;
 constexpr uint32_t kMaxStrings = 1u << 20;
 constexpr uint32_t kMaxEntries = 64;
 constexpr uint32_t kMaxText = 4096;
-constexpr uint32_t kMaxOperands = 64;
+constexpr uint32_t kMaxOperands = 1u << 14;
 constexpr uint32_t kMaxAttributes = 256;
 constexpr uint32_t kMaxArguments = 1u << 16;
 constexpr uint64_t kMaxBytes = 1ull << 40;
@@ -106,6 +106,24 @@ Status read_call(ByteReader& reader, size_t index, EntryRecord* entry) {
   return reader.failed() ? truncated("call", index) : PK_OK;
 }
 
+// Makes room for the lists of all calls, so that arrays do not grow step by step and leave holes behind.
+// Takes a reader of its own; what is wrong with the file is for `read_call` to say.
+void reserve_lists(ByteReader reader, EntryRecord* entry) {
+  size_t operands = 0, ints = 0, floats = 0;
+  for (size_t i = 0; i < entry->calls.size() && !reader.failed(); ++i) {
+    reader.u64();  // op and origin
+    operands += reader.skip_list(kMaxOperands, sizeof(uint32_t));
+    operands += reader.skip_list(kMaxOperands, sizeof(uint32_t));
+    ints += reader.skip_list(kMaxAttributes, sizeof(int64_t));
+    floats += reader.skip_list(kMaxAttributes, sizeof(double));
+    reader.u64();  // workspace
+    reader.u64();
+  }
+  entry->operands.reserve(operands);
+  entry->ints.reserve(ints);
+  entry->floats.reserve(floats);
+}
+
 void read_arguments(ByteReader& reader, std::vector<Argument>* arguments) {
   read_list(reader, kMaxArguments, 8, arguments, [&] {
     std::string name = reader.text(kMaxText);
@@ -121,10 +139,8 @@ Status read_entry(ByteReader& reader, size_t index, EntryRecord* entry) {
   const uint32_t calls = reader.count(kMaxCalls, 40);
   if (reader.failed()) return truncated("entry", index);
   entry->calls.resize(calls);
+  reserve_lists(reader, entry);
   for (size_t i = 0; i < calls; ++i) POCKC_TRY(read_call(reader, i, entry));
-  entry->operands.shrink_to_fit();
-  entry->ints.shrink_to_fit();
-  entry->floats.shrink_to_fit();
   return PK_OK;
 }
 

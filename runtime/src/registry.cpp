@@ -3,6 +3,10 @@
 
 #include "pockc/kernel.h"
 
+#if defined(__aarch64__) || defined(__arm__)
+#define POCKC_HAS_NEON 1
+#endif
+
 // kernels.inc ends by undefining its macros: each inclusion is preceded by the one meaning that it shall
 // have.
 #define POCKC_DECLARE_REF(op)     \
@@ -16,7 +20,7 @@ namespace pockc::ref {
 #define POCKC_REF POCKC_DECLARE_REF
 #include "kernels.inc"
 }  // namespace pockc::ref
-#if defined(__aarch64__)
+#if defined(POCKC_HAS_NEON)
 namespace pockc::simd_neon {
 #define POCKC_SIMD POCKC_DECLARE_SIMD
 #include "kernels.inc"
@@ -48,7 +52,7 @@ constexpr KernelEntry kReference[] = {
 #define POCKC_REF(op) {#op, "ref", ref::check_##op, nullptr, ref::run_##op},
 #include "kernels.inc"
     kEnd};
-#if defined(__aarch64__)
+#if defined(POCKC_HAS_NEON)
 constexpr KernelEntry kNeon[] = {
 #define POCKC_SIMD(op) {#op, "simd-neon", nullptr, simd_neon::accepts_##op, simd_neon::run_##op},
 #include "kernels.inc"
@@ -91,7 +95,7 @@ constexpr InstructionSet kInstructionSets[] = {
     {"avx512", kAvx512, has_avx512},
     {"avx2", kAvx2, has_avx2},
 #endif
-#if defined(__aarch64__)
+#if defined(POCKC_HAS_NEON)
     {"neon", kNeon, always},
 #else
     {"baseline", kBaseline, always},
@@ -105,6 +109,8 @@ const KernelEntry* find(const KernelEntry* table, const char* op) {
   return nullptr;
 }
 
+const KernelEntry* added = nullptr;
+
 const InstructionSet* find_instruction_set(const char* isa) {
   for (const InstructionSet& set : kInstructionSets) {
     if (isa != nullptr && std::strcmp(isa, set.name) != 0) continue;
@@ -115,7 +121,12 @@ const InstructionSet* find_instruction_set(const char* isa) {
 
 }  // namespace
 
-const KernelEntry* find_reference(const char* op) { return find(kReference, op); }
+void add_reference(const KernelEntry* kernel) { added = kernel; }
+
+const KernelEntry* find_reference(const char* op) {
+  const KernelEntry* found = find(kReference, op);
+  return found == nullptr && added != nullptr && std::strcmp(added->op, op) == 0 ? added : found;
+}
 
 const KernelEntry* find_simd(const char* op, const char* isa) {
   const InstructionSet* set = find_instruction_set(isa);
@@ -125,5 +136,13 @@ const KernelEntry* find_simd(const char* op, const char* isa) {
 const KernelEntry* find_simd(const char* op) { return find_simd(op, nullptr); }
 
 const char* best_isa() { return find_instruction_set(nullptr)->name; }
+
+bool is_specialised() {
+#if defined(POCKC_SPECIALISED)
+  return true;
+#else
+  return false;
+#endif
+}
 
 }  // namespace pockc

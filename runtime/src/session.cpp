@@ -73,6 +73,12 @@ Status Session::bind_call(const SessionSettings& settings, BoundCall* bound) con
   const char* op = text(bound->record->op);
   const char* origin = text(bound->record->origin);
   const KernelEntry* reference = find_reference(op);
+  if (reference == nullptr && is_specialised()) {
+    return fail(PK_UNSUPPORTED,
+                "op `%s` at %s is not in this pock-run, which has the kernels of another program alone: use "
+                "the one that was built with this program",
+                op, origin);
+  }
   if (reference == nullptr) {
     return fail(PK_UNSUPPORTED,
                 "op `%s` at %s is not in this runtime (%s): use the runtime that came with the compiler", op,

@@ -15,6 +15,16 @@ struct SessionSettings {
   const char* isa = nullptr;  // an instruction set of the registry; null: the best. For tests
 };
 
+// Told of every call of a run, for profiles: by the thread that runs the session.
+class CallObserver {
+ public:
+  virtual void before(const EntryRecord& entry, size_t index) = 0;
+  virtual void after(const EntryRecord& entry, size_t index) = 0;
+
+ protected:
+  ~CallObserver() = default;
+};
+
 class Session {
  public:
   Session() = default;
@@ -43,6 +53,8 @@ class Session {
   const Program& program() const { return *program_; }
   const std::string& cursor() const { return cursor_; }
   uint32_t micro_step() const { return micro_step_; }
+  // Null: none. It must outlive the runs that follow.
+  void set_observer(CallObserver* observer) { observer_ = observer; }
   // For tests that make the disk fail; the table must outlive the session.
   void set_file_system(const FileSystem& system) { file_system_ = &system; }
 
@@ -74,6 +86,7 @@ class Session {
   Status check_outputs(const EntryRecord& entry, const char* const* names, const pk_tensor* tensors,
                        int32_t count) const;
   Status run_calls(const BoundEntry& entry);
+  Status run_observed(const BoundEntry& entry, size_t index) const;
   void touch(uint64_t end) { used_peak_ = end > used_peak_ ? end : used_peak_; }
   const char* text(uint32_t index) const { return program_->strings[index].c_str(); }
   void set_initial_states();
@@ -88,6 +101,7 @@ class Session {
   uint64_t mapped_bytes_ = 0;
   const FileSystem* file_system_ = &posix_file_system();
   std::string cursor_;
+  CallObserver* observer_ = nullptr;
 };
 
 // `[8,3,96,96]`, into a caller's buffer.

@@ -158,10 +158,19 @@ Status Session::check_outputs(const EntryRecord& entry, const char* const* names
   return PK_OK;
 }
 
+Status Session::run_observed(const BoundEntry& entry, size_t index) const {
+  const BoundCall& bound = entry.calls[index];
+  observer_->before(*entry.record, index);
+  const Status status = bound.run(bound.call);
+  observer_->after(*entry.record, index);
+  return status;
+}
+
 Status Session::run_calls(const BoundEntry& entry) {
-  for (const BoundCall& bound : entry.calls) {
+  for (size_t i = 0; i < entry.calls.size(); ++i) {
+    const BoundCall& bound = entry.calls[i];
     touch(bound.end);
-    const Status status = bound.run(bound.call);
+    const Status status = observer_ == nullptr ? bound.run(bound.call) : run_observed(entry, i);
     if (status == PK_OK) continue;
     char reason[512];
     std::snprintf(reason, sizeof(reason), "%s",

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from pockc.abi import runtime_file
-from pockc.errors import UserError
 from pockc.ir import Graph, Node
 from pockc.program import Program
 from pockc.targets import devices, refuse_unsupported
 from pockc.targets.native import workspace
+from pockc.targets.native.delivery import copy_runner, deliver
 from pockc.targets.native.table import OPS
 
 
@@ -37,23 +35,7 @@ class Native:
         """
         file = path / "model.pock"
         program.save(file)
-        return [file, copy_runner(devices.find(program.metadata["device"]), path)]
-
-
-def copy_runner(device: devices.Device, folder: Path) -> Path:
-    """Copy `pock-run` into a folder. Raises UserError for a device that this machine has no binary for."""
-    if not device.is_x86:
-        raise UserError(
-            f"there is no pock-run for {device.name} ({device.triple}) here: cross-compiling it is not supported yet",
-            instead="model.pock runs there as it is: build runtime/ with CMake on the board.",
-        )
-    source, target = runtime_file("pock-run"), folder / "pock-run"
-    try:
-        target.unlink(missing_ok=True)  # one that is running may be replaced, but not written to
-        shutil.copy2(source, target)
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror}") from None
-    return target
+        return [file, *deliver(program, devices.recorded(program.metadata), path)]
 
 
 def workspace_of(threads: int) -> Callable[[Node], int]:
@@ -68,4 +50,4 @@ def workspace_of(threads: int) -> Callable[[Node], int]:
 
 NATIVE = Native()
 
-__all__ = ["NATIVE", "Native", "copy_runner", "workspace_of"]
+__all__ = ["NATIVE", "Native", "copy_runner", "deliver", "workspace_of"]

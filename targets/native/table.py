@@ -124,6 +124,9 @@ OPS = frozenset(
         "add_int8",
         "conv2d_int8",
         "max_pool2d_int8",
+        # saved activations
+        "pack8",
+        "unpack8",
         # optimizers
         "sgd",
         "momentum",

@@ -92,14 +92,22 @@ def _shim() -> ctypes.CDLL:
 
 
 def _build() -> Path:
-    """Build the library where it is out of date; parallel test processes wait for each other."""
+    return build_target("kernel_shim").parent / "test" / "libkernel_shim.so"
+
+
+def build_target(name: str, *options: str) -> Path:
+    """Build a target of the runtime where it is out of date; parallel test processes wait for each other.
+
+    Returns:
+        Where a program of that name is.
+    """
     folder = ROOT / "build" / "test-kernels"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        _command("cmake", "-S", str(ROOT / "runtime"), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release")
-        _command("cmake", "--build", str(folder), "--target", "kernel_shim", "-j", "2")
-    return folder / "test" / "libkernel_shim.so"
+        _command("cmake", "-S", str(ROOT / "runtime"), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release", *options)
+        _command("cmake", "--build", str(folder), "--target", name, "-j", "2")
+    return folder / name
 
 
 def _command(*words: str) -> None:
@@ -118,6 +126,32 @@ def _tensors(types: Sequence[TensorType], blocks: Sequence[Block] | None) -> Any
     return array
 
 
+def _record(
+    types: tuple[Sequence[TensorType], Sequence[TensorType]],
+    attributes: tuple[Sequence[int], Sequence[float]],
+    blocks: tuple[Sequence[Block], Sequence[Block]] | None,
+    workspace: Block | None,
+    workspace_bytes: int,
+    threads: int,
+) -> _Call:
+    """The arguments of the shim; without blocks the call is only checked."""
+    (inputs, outputs), (ints, floats) = types, attributes
+    return _Call(
+        inputs=_tensors(inputs, blocks[0] if blocks else None),
+        outputs=_tensors(outputs, blocks[1] if blocks else None),
+        ints=(ctypes.c_int64 * max(1, len(ints)))(*ints),
+        floats=(ctypes.c_double * max(1, len(floats)))(*floats),
+        input_count=len(inputs),
+        output_count=len(outputs),
+        int_count=len(ints),
+        float_count=len(floats),
+        workspace=workspace.address if workspace else None,
+        workspace_bytes=workspace_bytes,
+        threads=threads,
+        check_only=blocks is None,
+    )
+
+
 def call(
     op: str,
     provider: str,
@@ -134,21 +168,36 @@ def call(
     ``provider`` is "ref" or "simd", the best of this CPU.
     """
     workspace = Block(max(1, workspace_bytes)) if blocks else None
-    arguments = _Call(
-        inputs=_tensors(inputs, blocks[0] if blocks else None),
-        outputs=_tensors(outputs, blocks[1] if blocks else None),
-        ints=(ctypes.c_int64 * max(1, len(ints)))(*ints),
-        floats=(ctypes.c_double * max(1, len(floats)))(*floats),
-        input_count=len(inputs),
-        output_count=len(outputs),
-        int_count=len(ints),
-        float_count=len(floats),
-        workspace=workspace.address if workspace else None,
-        workspace_bytes=workspace_bytes,
-        threads=threads,
-        check_only=blocks is None,
-    )
+    arguments = _record((inputs, outputs), (ints, floats), blocks, workspace, workspace_bytes, threads)
     return int(_shim().kernel_shim_run(op.encode(), provider.encode(), ctypes.byref(arguments)))
+
+
+class Prepared:
+    """A call on operands of its own that can be repeated, for measurements; calling it gives the kernel's status."""
+
+    def __init__(
+        self,
+        op: str,
+        provider: str,
+        inputs: Sequence[Array],
+        outputs: Sequence[TensorType],
+        attrs: Mapping[str, Any],
+        workspace_bytes: int,
+    ) -> None:
+        ints, floats = flat(op, attrs)
+        types = [TensorType(tuple(x.shape), dtype_of(x)) for x in inputs]
+        blocks = [Block(type_.nbytes) for type_ in (*types, *outputs)]
+        for block, type_, x in zip(blocks, types, inputs, strict=False):
+            block.view(type_)[...] = x
+        workspace = Block(max(1, workspace_bytes))
+        placed = blocks[: len(types)], blocks[len(types) :]
+        arguments = _record((types, outputs), (ints, floats), placed, workspace, workspace_bytes, threads=1)
+        self._alive = blocks, workspace, arguments
+        self._run = _shim().kernel_shim_run
+        self._arguments = op.encode(), provider.encode(), ctypes.byref(arguments)
+
+    def __call__(self) -> int:
+        return int(self._run(*self._arguments))
 
 
 def check(

@@ -16,11 +16,11 @@ from torch import nn
 import pockc
 from benchmarks import memory_peer, zoo
 from benchmarks.verify_zoo import loss_of
-from pockc.budget import parse_size
 from pockc.ir import Array, Node, TensorType, Value, dtype_of
 from pockc.ops import OPS, Sample, infer, load_families
 from pockc.ops.common import f32, sample_operands
 from pockc.passes import batch_rules, batch_sums
+from pockc.sizes import parse_size
 
 load_families()
 pytestmark = [pytest.mark.torch, pytest.mark.native]

@@ -116,6 +116,9 @@ struct KernelEntry {
 
 // The ref kernel of an op, or null: such an op does not exist in this build.
 const KernelEntry* find_reference(const char* op);
+// Adds an op that only the program which links this library has: found where the tables have none of its
+// name. One at most, before anything is loaded; `kernel` must outlive every session.
+void add_reference(const KernelEntry* kernel);
 // The best simd kernel of this op that the CPU can run, or null.
 const KernelEntry* find_simd(const char* op);
 // The same from one instruction set ("baseline", "avx2", "avx512", "neon"; null: the best); null when the CPU
@@ -123,6 +126,8 @@ const KernelEntry* find_simd(const char* op);
 const KernelEntry* find_simd(const char* op, const char* isa);
 // The name of the instruction set that is used here.
 const char* best_isa();
+// Whether this build has the kernels of one program alone: a pock-run that was made for it.
+bool is_specialised();
 
 // Sets pk_last_error of this thread and returns `status`. For a kernel that fails on its data: one clause
 // without the op's name, which the session puts before it, such as "id 40000 at position 7 is outside the

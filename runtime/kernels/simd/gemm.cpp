@@ -92,6 +92,14 @@ void pack_patches(const Patches& patches, int64_t k0, int64_t depth, int64_t n0,
 
 // --- A ---
 
+// Rows in panels of nearly the same size.
+struct RowSplit {
+  int64_t m0, m1, panels;
+
+  RowSplit(int64_t m0, int64_t m1) : m0(m0), m1(m1), panels(divide_up(m1 - m0, kTileRows)) {}
+  POCKC_INLINE int64_t begin(int64_t panel) const { return m0 + (m1 - m0) * panel / panels; }
+};
+
 struct LeftPanel {
   const float* data;
   int64_t stride;
@@ -101,8 +109,7 @@ struct LeftPanel {
 // Rows that lie a multiple of 4 KiB apart share cache sets: more of them than ways would evict each other.
 bool conflicts(int64_t stride) { return stride % 1024 == 0; }
 
-LeftPanel prepare_left(const Gemm& gemm, int64_t m0, int rows, int64_t k0, int64_t depth, bool reused,
-                       float* copy) {
+LeftPanel prepare_left(const Gemm& gemm, int64_t m0, int rows, int64_t k0, int64_t depth, float* copy) {
   const LeftMatrix& a = gemm.a;
   const int64_t stride = depth + kPadding;
   if (a.patches != nullptr) {
@@ -118,21 +125,43 @@ LeftPanel prepare_left(const Gemm& gemm, int64_t m0, int rows, int64_t k0, int64
     for (int i = 0; i < rows; ++i) copy_run(copy + i * stride, data + i * a.stride, depth);
     return {copy, stride, true};
   }
-  // A step of k is one or two cache lines of which `rows` floats are used: copied when it is read more than
-  // twice.
-  const float* data = a.data + k0 * a.stride + m0;
-  if (!reused && !conflicts(a.stride)) return {data, a.stride, false};
-  // Whole vectors where the matrix goes on: what lies beyond `rows` is never used.
-  const float* end = a.data + (gemm.k - 1) * a.stride + gemm.m;
-  const int64_t width = round_up(rows, W);
+  return {a.data + k0 * a.stride + m0, a.stride, false};
+}
+
+// Panels of a transposed A that are copied together: a step of k is one or two cache lines, of which a panel
+// alone would use a part. As many as there is scratch memory for, the same as for rows.
+constexpr int64_t kPanelWidth = (kTileRows + W - 1) / W * W;
+constexpr int64_t kPanelsTogether = kMaxRows / kPanelWidth;
+
+// A panel that is used for few tiles is read where it lies.
+bool is_transposed_copied(const LeftMatrix& a, int64_t columns) {
+  if (!a.transposed || a.patches != nullptr) return false;
+  return conflicts(a.stride) || columns > 2 * kTileColumns;
+}
+
+// The panels `first` to `end` of the rows [m0, m1), each [k][kPanelWidth].
+void copy_transposed(const Gemm& gemm, const RowSplit& split, int64_t first, int64_t end, int64_t k0,
+                     int64_t depth, float* copy) {
+  const LeftMatrix& a = gemm.a;
+  // Whole vectors where the matrix goes on: what lies beyond the rows of a panel is never used.
+  const float* limit = a.data + (gemm.k - 1) * a.stride + gemm.m;
+  int64_t row[kPanelsTogether] = {};
+  for (int64_t p = first; p < end; ++p) row[p - first] = split.begin(p);
   for (int64_t k = 0; k < depth; ++k) {
-    const float* from = data + k * a.stride;
-    for (int64_t i = 0; i < rows; i += W) {
-      const bool whole = end - (from + i) >= W;
-      store(copy + k * width + i, whole ? load(from + i) : load_n(from + i, minimum<int64_t>(W, rows - i)));
+    const float* line = a.data + (k0 + k) * a.stride;
+    for (int64_t p = 0; p < end - first; ++p) {
+      const float* from = line + row[p];
+      float* to = copy + (p * depth + k) * kPanelWidth;
+      for (int64_t i = 0; i < kPanelWidth; i += W) {
+        const int64_t left = limit - (from + i);
+        if (left >= W) {
+          store(to + i, load(from + i));
+        } else if (left > 0) {
+          store_partial(to + i, load_partial(from + i, left), left);
+        }
+      }
     }
   }
-  return {copy, width, false};
 }
 
 // --- blocks ---
@@ -159,8 +188,39 @@ void prepare_right(const Gemm& gemm, int64_t k0, int64_t depth, int64_t n0, int6
   }
 }
 
+constexpr int64_t kAheadColumns = 192;  // kDepth x as many floats are 192 KiB
+
+// Lines of A or B that are asked of the memory before they are used, a few per tile of what comes before
+// them: that takes as long as many misses, and pieces of memory are too short for the hardware to run ahead.
+struct Ahead {
+  static constexpr int64_t kLeastTiles = 4;  // with fewer, asking takes as long as waiting
+
+  const float* piece = nullptr;
+  int64_t stride = 0, floats = 0, pieces = 0, each = 0;
+  int64_t at = 0;  // in the piece
+
+  Ahead() = default;
+  Ahead(const float* piece, int64_t stride, int64_t floats, int64_t pieces, int64_t tiles)
+      : piece(piece),
+        stride(stride),
+        floats(floats),
+        pieces(pieces),
+        each(divide_up(pieces * divide_up(floats, kLineFloats), tiles)) {}
+  POCKC_INLINE void advance() {
+    for (int64_t i = 0; i < each && pieces > 0; ++i) {
+      __builtin_prefetch(piece + at);
+      at += kLineFloats;
+      if (at < floats) continue;
+      at = 0;
+      piece += stride;
+      --pieces;
+    }
+  }
+};
+
 void multiply_panel(const Gemm& gemm, const LeftPanel& left, const Block& block, int64_t m0, int rows,
-                    int64_t k0, int64_t depth, int64_t n0, int64_t columns) {
+                    int64_t k0, int64_t depth, int64_t n0, int64_t columns, Ahead* left_ahead,
+                    Ahead* right_ahead) {
   float* c[kMaxRows];
   for (int i = 0; i < rows; ++i) c[i] = output_row(gemm.c, m0 + i);
   const auto& kernels =
@@ -178,11 +238,65 @@ void multiply_panel(const Gemm& gemm, const LeftPanel& left, const Block& block,
     tile.b_stride = block.stride[index];
     tile.column = tile.bias_column = n0 + n;
     tile.columns = minimum<int64_t>(columns - n, kTileColumns);
+    if (left_ahead != nullptr) left_ahead->advance();
+    if (right_ahead != nullptr) right_ahead->advance();
     kernels[(tile.columns - 1) / W](tile);
   }
   if (!tile.last || gemm.epilogue.activation <= kClip) return;
   for (int i = 0; i < rows; ++i)
     activate(c[i] + n0, columns, static_cast<Activation>(gemm.epilogue.activation));
+}
+
+// Rows [row, end) of A from k0 on, or of a transposed A the parts that belong to them.
+Ahead ahead_of_left(const LeftMatrix& a, int64_t row, int64_t end, int64_t k0, int64_t depth, int64_t tiles) {
+  if (a.transposed) return {a.data + k0 * a.stride + row, a.stride, end - row, depth, tiles};
+  return {a.data + row * a.stride + k0, a.stride, depth, end - row, tiles};
+}
+
+// Whether the next block of B in depth, from row k on, lies as a whole in memory and is small enough to be in
+// the cache together with this one.
+bool has_next_right(const Gemm& gemm, int64_t k, int64_t columns) {
+  const RightMatrix& b = gemm.b;
+  const bool plain = b.patches == nullptr && b.group_offsets == nullptr && b.compact.data == nullptr;
+  return plain && !b.transposed && k < gemm.k && columns <= kAheadColumns;
+}
+
+// All panels of A with one block of B.
+void multiply_block(const Gemm& gemm, const RowSplit& split, int64_t k0, int64_t depth, int64_t n0,
+                    int64_t columns, const Block& block, float* scratch) {
+  const int64_t tiles = divide_up(columns, kTileColumns);
+  // Panels of A that are copied before they are used; 0: see prepare_left.
+  const int64_t together = is_transposed_copied(gemm.a, columns) ? kPanelsTogether : 0;
+  const bool asks = tiles >= Ahead::kLeastTiles && depth >= kPrefetchDepth && gemm.a.patches == nullptr;
+  Ahead right_ahead;
+  if (tiles >= Ahead::kLeastTiles && has_next_right(gemm, k0 + depth, columns)) {
+    const RightMatrix& b = gemm.b;
+    right_ahead = {b.data + (k0 + depth) * b.stride + n0, b.stride, columns,
+                   minimum(kDepth, gemm.k - k0 - depth), split.panels * tiles};
+  }
+  Ahead* right_pointer = right_ahead.pieces > 0 ? &right_ahead : nullptr;
+  int64_t row = split.m0;
+  for (int64_t p = 0, place = 0; p < split.panels; ++p) {
+    const int64_t next = split.begin(p + 1);
+    const int rows = static_cast<int>(next - row);
+    LeftPanel left;
+    if (together > 0) {
+      if (place == 0)
+        copy_transposed(gemm, split, p, minimum(split.panels, p + together), k0, depth, scratch);
+      left = {scratch + place * depth * kPanelWidth, kPanelWidth, false};
+      place = place + 1 < together ? place + 1 : 0;
+    } else {
+      left = prepare_left(gemm, row, rows, k0, depth, scratch);
+    }
+    if (asks && p + 1 < split.panels && place == 0) {
+      const int64_t after = split.begin(minimum(split.panels, p + 1 + maximum<int64_t>(1, together)));
+      Ahead left_ahead = ahead_of_left(gemm.a, next, after, k0, depth, tiles);
+      multiply_panel(gemm, left, block, row, rows, k0, depth, n0, columns, &left_ahead, right_pointer);
+    } else {
+      multiply_panel(gemm, left, block, row, rows, k0, depth, n0, columns, nullptr, right_pointer);
+    }
+    row = next;
+  }
 }
 
 // Floats of the panel of A.
@@ -231,25 +345,19 @@ int64_t gemm_scratch(const Gemm& gemm, int threads) {
 
 void gemm_part(const Gemm& gemm, int64_t m0, int64_t m1, int64_t n0, int64_t n1, int64_t block,
                float* scratch) {
-  const int64_t panels = divide_up(m1 - m0, kTileRows);
+  const RowSplit split(m0, m1);
   // Few rows: B is used so seldom that copying it does not pay, and the weights are streamed once.
-  const bool direct = panels <= 2 && !gemm.b.transposed && gemm.b.patches == nullptr &&
+  const bool direct = split.panels <= 2 && !gemm.b.transposed && gemm.b.patches == nullptr &&
                       gemm.b.group_offsets == nullptr && gemm.b.compact.data == nullptr;
   const int64_t step = block / kTileColumns * kTileColumns;
   float* packed = scratch + left_scratch(gemm.k, is_copied(gemm.a));
   for (int64_t n = n0; n < n1; n += step) {
     const int64_t columns = minimum(step, n1 - n);
-    const bool reused = columns > 2 * kTileColumns;
     for (int64_t k = 0; k < gemm.k; k += kDepth) {
       const int64_t depth = minimum(kDepth, gemm.k - k);
       Block panel;
       prepare_right(gemm, k, depth, n, columns, direct, packed, &panel);
-      for (int64_t p = 0; p < panels; ++p) {
-        const int64_t row = m0 + (m1 - m0) * p / panels;
-        const int rows = static_cast<int>(m0 + (m1 - m0) * (p + 1) / panels - row);
-        const LeftPanel left = prepare_left(gemm, row, rows, k, depth, reused, scratch);
-        multiply_panel(gemm, left, panel, row, rows, k, depth, n, columns);
-      }
+      multiply_block(gemm, split, k, depth, n, columns, panel, scratch);
     }
   }
 }

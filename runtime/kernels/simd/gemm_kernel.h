@@ -1,7 +1,8 @@
 // The microkernel: a tile of C of R rows and V vectors, all of it in registers.
 //
 // Per step of k: V loads of B, R broadcasts of A, R * V fma. Tile shapes use nearly all registers: AVX-512 14
-// x 32 (28 sums + 2 + 1 of 32), AVX2 6 x 16 (12 + 2 + 1 of 16), NEON 8 x 12 (24 + 3 + 2 of 32), SSE2 6 x 8.
+// x 32 (28 sums + 2 + 1 of 32), AVX2 6 x 16 (12 + 2 + 1 of 16), NEON 8 x 12 (24 + 3 + 2 of 32), SSE2 and
+// 32-bit NEON 6 x 8 (12 + 2 + 1 of 16), scalar registers of RISC-V 6 x 4 (24 + 4 + 1 of 32).
 // Every row count up to the full one is compiled, so that a matrix of few rows wastes nothing and row
 // remainders are spread evenly.
 #ifndef POCKC_SIMD_GEMM_KERNEL_H_
@@ -18,6 +19,8 @@ constexpr int kTileRows = 14, kTileVectors = 2;
 constexpr int kTileRows = 6, kTileVectors = 2;
 #elif defined(__aarch64__)
 constexpr int kTileRows = 8, kTileVectors = 3;
+#elif defined(__riscv_flen)
+constexpr int kTileRows = 6, kTileVectors = 1;
 #else
 constexpr int kTileRows = 6, kTileVectors = 2;
 #endif
@@ -39,8 +42,19 @@ struct Tile {
   int64_t bias_column;
 };
 
+constexpr int64_t kLineFloats = 16;     // of a cache line
+constexpr int64_t kPrefetchDepth = 64;  // shorter sums are done before a line of C could arrive
+
 template <int R, int V, bool RowMajor>
 void micro_kernel(const Tile& t) {
+  // C is needed when the sums are done: by then it is here.
+  if (t.depth >= kPrefetchDepth) {
+    POCKC_UNROLL
+    for (int i = 0; i < R; ++i) {
+      POCKC_UNROLL
+      for (int j = 0; j < V * W; j += kLineFloats) __builtin_prefetch(t.c[i] + t.column + j, 1);
+    }
+  }
   vf sum[R][V];
   POCKC_UNROLL
   for (int i = 0; i < R; ++i) {

@@ -19,14 +19,28 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
-#elif defined(__aarch64__)
+#elif defined(__aarch64__) || defined(__ARM_NEON)
 #include <arm_neon.h>
+#endif
+
+// A 32-bit ARM build is for CPUs with NEON and fused multiply-add (VFPv4): without, its results would differ.
+#if defined(__arm__) && !(defined(__ARM_NEON) && defined(__ARM_FEATURE_FMA))
+#error "32-bit ARM needs -mfpu=neon-vfpv4 (or a CPU that has it, such as -mcpu=cortex-a7)"
 #endif
 
 #define POCKC_INLINE inline __attribute__((always_inline))
 // On the inner lambdas: a call that is not inlined would test `valid` at every load.
 #define POCKC_LAMBDA __attribute__((always_inline))
+#if defined(__clang__)
+#define POCKC_UNROLL _Pragma("unroll 32")
+#else
 #define POCKC_UNROLL _Pragma("GCC unroll 32")
+#endif
+
+// Whether __builtin_fmaf is one instruction here: a call of the C library's would be slow.
+#if defined(__FMA__) || defined(__aarch64__) || defined(__arm__) || defined(__riscv_flen)
+#define POCKC_HAS_FMA 1
+#endif
 
 namespace pockc {
 namespace POCKC_SIMD_NAMESPACE {
@@ -71,14 +85,18 @@ POCKC_INLINE vf fma(vf a, vf b, vf c) {
   return _mm512_fmadd_ps(a, b, c);
 #elif defined(__FMA__)
   return _mm256_fmadd_ps(a, b, c);
-#elif defined(__aarch64__)
+#elif defined(__aarch64__) || defined(__ARM_NEON)
   return vfmaq_f32(c, a, b);
+#elif defined(POCKC_HAS_FMA)
+  vf sum;
+  for (int i = 0; i < W; ++i) sum[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return sum;
 #else
   return a * b + c;
 #endif
 }
 POCKC_INLINE float fma(float a, float b, float c) {
-#if defined(__FMA__) || defined(__aarch64__)
+#if defined(POCKC_HAS_FMA)
   return __builtin_fmaf(a, b, c);
 #else
   return a * b + c;

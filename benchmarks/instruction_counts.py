@@ -1,0 +1,114 @@
+"""Instructions that a training step executes on 64-bit ARM: `python -m benchmarks.instruction_counts`.
+
+`pock-run bench` runs under qemu-user with a plugin that counts by class, once with few and once with more steps; the
+difference is what a step executes, the same on every machine and in every run but for a few hundred instructions. From
+the counts follows a *modelled* time of a step on a Raspberry Pi 4 and 5: a model, and no measurement.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pockc
+from benchmarks import emulation, report, zoo
+from pockc.targets import devices
+from pockc.targets.native import deliver
+
+SPARSE_AT_MOST = 0.40  # of the instructions of a full step
+SCHEMES = ("full", "sparse")
+_FEW, _MORE = 1, 3  # steps; both runs have the same start and the same warm-up
+
+
+@dataclass(frozen=True)
+class CoreModel:
+    """What a core starts per cycle at most, from its software optimisation guide.
+
+    The modelled time is that of the busiest resource, with no cache miss and no wait for a result: a lower bound.
+    """
+
+    name: str
+    gigahertz: float
+    instructions: int
+    vector: int  # 128-bit operations
+    memory: int  # loads and stores
+
+    def milliseconds(self, counts: Mapping[str, float]) -> float:
+        """Of one step on one core."""
+        vector = (counts["vector_fma"] + counts["other_float_and_vector"]) / self.vector
+        memory = (counts["load"] + counts["store"]) / self.memory
+        cycles = max(counts["total"] / self.instructions, vector, memory)
+        return cycles / self.gigahertz / 1e6
+
+
+CORE_MODELS = (
+    CoreModel("Raspberry Pi 4 (Cortex-A72)", 1.5, 3, 1, 2),
+    CoreModel("Raspberry Pi 5 (Cortex-A76)", 2.4, 4, 2, 2),
+)
+
+
+def main() -> None:
+    """Count, print, write JSON; exit code 1 where the sparse step executes too much."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--image-size", type=int, default=96)
+    parser.add_argument("--output", type=Path, default=report.OUT / "instruction_counts.json")
+    arguments = parser.parse_args()
+    if reason := emulation.missing("aarch64"):
+        sys.exit(reason)
+    with tempfile.TemporaryDirectory(prefix="pockc-count-") as folder:
+        plugin = build_plugin(Path(folder))
+        counts = {scheme: of_step(scheme, arguments.image_size, Path(folder), plugin) for scheme in SCHEMES}
+    times = {core.name: {scheme: core.milliseconds(counts[scheme]) for scheme in SCHEMES} for core in CORE_MODELS}
+    title = f"Millions of instructions of a step: MobileNetV2, {arguments.image_size} px, batch 1, one thread"
+    report.print_table(
+        title,
+        ["class", *SCHEMES, "ratio"],
+        [[name, *(f"{counts[s][name] / 1e6:.1f}" for s in SCHEMES), _ratio(counts, name)] for name in counts["full"]],
+    )
+    report.print_table(
+        "Modelled milliseconds of a step (a lower bound, not a measurement)",
+        ["core", *SCHEMES],
+        [[core, *(f"{times[core][scheme]:.1f}" for scheme in SCHEMES)] for core in times],
+    )
+    report.write_json(arguments.output, {"image_size": arguments.image_size, "counts": counts, "modelled_ms": times})
+    ratio = counts["sparse"]["total"] / counts["full"]["total"]
+    bar = report.Bar("instructions of a sparse step over a full one", ratio, at_most=SPARSE_AT_MOST)
+    sys.exit(report.finish("instruction counts", f"sparse executes {ratio:.3f} of full", [bar]))
+
+
+def build_plugin(folder: Path) -> Path:
+    """Compile the plugin with the system's C compiler."""
+    plugin = folder / "libcount.so"
+    source = Path(__file__).with_name("count_instructions.c")
+    subprocess.run(["cc", "-O2", "-Wall", "-Wextra", "-shared", "-fPIC", str(source), "-o", str(plugin)], check=True)
+    return plugin
+
+
+def of_step(scheme: str, image_size: int, folder: Path, plugin: Path) -> dict[str, float]:
+    """Executed instructions of one training step, by class."""
+    model, inputs = zoo.mobilenet_v2(batch_size=1, image_size=image_size)
+    program = pockc.build(model, inputs, scheme=scheme, device="rpi4", entries=("train_step",))
+    program.save(folder / "model.pock")
+    deliver(program, devices.find("rpi4"), folder, "zig")
+    few, more = (count(folder, plugin, steps) for steps in (_FEW, _MORE))
+    return {name: (more[name] - few[name]) / (_MORE - _FEW) for name in few}
+
+
+def count(folder: Path, plugin: Path, steps: int) -> dict[str, int]:
+    """Instructions by class of a whole `pock-run bench`."""
+    log = folder / "counts.txt"
+    before = [*emulation.emulated("aarch64", "cortex-a72"), "-plugin", str(plugin), "-d", "plugin", "-D", str(log)]
+    emulation.run(folder / "pock-run", ["bench", folder / "model.pock", "--steps", steps], before)
+    return {name: int(number) for name, number in re.findall(r"^count (\w+) (\d+)$", log.read_text(), re.MULTILINE)}
+
+
+def _ratio(counts: Mapping[str, Mapping[str, float]], name: str) -> str:
+    return f"{counts['sparse'][name] / counts['full'][name]:.3f}" if counts["full"][name] else "-"
+
+
+if __name__ == "__main__":
+    main()
