@@ -11,6 +11,9 @@
 #include "session.h"
 #include "workspace.h"
 
+// Freed memory is kept by the address sanitizer, and copying its page tables is what a fork costs.
+extern "C" const char* __asan_default_options() { return "quarantine_size_mb=4"; }
+
 using namespace pockc;
 using namespace pockc::test;
 
