@@ -63,8 +63,9 @@ def test_training_needs_less_and_gets_as_far(tmp_path: Path) -> None:
         step, exact_step = first[name] - before.numpy(), exact_first[name] - before.numpy()
         assert np.linalg.norm(step - exact_step) <= 0.02 * np.linalg.norm(exact_step), name
         assert "bias" in name or not np.array_equal(step, exact_step), name
-    assert losses[-1] == pytest.approx(exact_losses[-1], rel=0.05)
-    assert losses[-1] < 0.8 * losses[0]
+    gained, exactly = losses[0] - losses[-1], exact_losses[0] - exact_losses[-1]
+    assert exactly > 0.001
+    assert gained == pytest.approx(exactly, rel=0.05)
 
 
 def test_micro_batches_and_budgets_take_packed_activations(tmp_path: Path) -> None:
@@ -89,7 +90,7 @@ def test_a_convolutional_network_trains_in_channel_sparse_schemes(tmp_path: Path
 
 
 def test_a_graph_without_the_option_is_left_alone() -> None:
-    model, inputs = gelu_network()
+    model, inputs = gelu_network(width=16)
     graph = pockc.build(model, inputs, entries=("train_step",)).entries["train_step"]
     recipe = Recipe(trained={}, optimizer=SGD(lr=0.1))
     assert compress_saved.run(graph, recipe) is graph
