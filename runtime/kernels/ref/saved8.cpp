@@ -2,6 +2,8 @@
 // row, code = round(x / s) + 128, and 128 where s is 0 unpack8(packed; shape) = (code - 128) * s A row of the
 // packed tensor: the f32 scales of its blocks, then its codes, filled up with zeros to a word.
 #include "saved8.h"
+#include <algorithm>
+
 #include "quantized.h"
 
 namespace pockc::ref {
