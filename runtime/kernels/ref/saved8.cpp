@@ -1,7 +1,10 @@
-// pack8(x f32[N, ...]) = u8[N, scales and codes]; with s = max |x| / 127 in each block of 128 elements of a
-// row, code = round(x / s) + 128, and 128 where s is 0 unpack8(packed; shape) = (code - 128) * s A row of the
-// packed tensor: the f32 scales of its blocks, then its codes, filled up with zeros to a word.
+// pack8(x f32[N, ...]) = u8[N, scales and codes]
+//   s = max |x| / 127 in each block of 128 elements of a row; code = round(x / s) + 128, and 128 where s is 0
+// unpack8(packed; shape) = (code - 128) * s
+//
+// A row of the packed tensor: the f32 scales of its blocks, then its codes, filled up with zeros to a word.
 #include "saved8.h"
+
 #include <algorithm>
 
 #include "quantized.h"
