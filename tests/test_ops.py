@@ -407,7 +407,7 @@ def test_every_differentiable_op_has_gradient_checks() -> None:
 
 # What torch has no counterpart for, or none that would be another way to compute it.
 # The step inside of momentum8, adam8 and lion8 is that of momentum, adam and lion; test_state_dtype has their codes.
-# What computes with codes of eight bits is held against the same in f32 by test_quantize_prefix and test_compress_saved.
+# What computes with codes is held against the same in f32 by test_quantize_prefix and test_compress_saved.
 WITHOUT_TORCH = {"range_mask", "apply_mask", "dropout_mask", "learning_rate", "momentum8", "adam8", "lion8"} | {
     *("quantize", "dequantize", "lookup_int8", "add_int8", "conv2d_int8", "max_pool2d_int8", "pack8", "unpack8")
 }
