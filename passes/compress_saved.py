@@ -8,6 +8,7 @@ from dataclasses import replace
 from pockc.ir import Builder, Graph, Node, Value
 from pockc.ops import OPS
 from pockc.passes import reorder, split_prefix
+from pockc.passes.lifetimes import storages
 from pockc.passes.recompute_model import forward_nodes
 from pockc.passes.rewrite import live_nodes
 from pockc.recipe import Recipe
@@ -89,19 +90,13 @@ def _chosen(graph: Graph, early: Collection[Node]) -> list[Value]:
         and value.type.nbytes >= LEAST_BYTES
         and value.type.elements // value.type.shape[0] >= LEAST_ROW
     ]
-    producers = graph.producers()
-
-    def source(value: Value) -> Value:
-        while (node := producers.get(value)) is not None and OPS[node.op].view:
-            value = node.inputs[0]
-        return value
-
+    root = storages(graph)
     found: set[Value] = set()
-    exact = {source(value) for value in graph.results()}
+    exact = {root[value] for value in graph.results()}
     for node in graph.nodes:
         if node in early or OPS[node.op].view:
             continue
-        read = {source(value) for value in node.inputs}
+        read = {root[value] for value in node.inputs}
         found |= read
         if node.op.startswith("cross_entropy"):
             exact |= read

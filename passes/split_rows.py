@@ -43,7 +43,7 @@ class Candidate:
 
 
 def run(graph: Graph, recipe: Recipe) -> Graph:
-    """Cut the images in front of the deepest cut that pays into strips. The choice is in ``recipe.decisions``.
+    """Run what is in front of the cut that lowers the peak most in strips. The choice is in ``recipe.decisions``.
 
     Pre:  activations are in their products; no later pass adds readers of activations.
     Post: the same function to the last bit. No value in front of the chosen cut exists for whole images but the inputs.
