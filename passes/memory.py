@@ -198,7 +198,7 @@ class _Placer:
         return _Placed(offsets, total)
 
     def repaired(self, order: Sequence[int], limit: int) -> _Placed:
-        """The best placement of repeated attempts: what goes beyond the limit is placed first the next time."""
+        """The best placement of repeated attempts: what goes beyond the limit is placed earlier the next time."""
         order = list(order)
         best = placed = self.place(order, limit)
         for _ in range(self.rounds):
@@ -207,8 +207,9 @@ class _Placer:
             if placed.culprit is None:
                 best, limit = placed, placed.total - 1
             else:
-                order.remove(placed.culprit)
-                order.insert(0, placed.culprit)
+                # Halfway, not to the front: most intervals that are ever in the way then keep their order.
+                place = order.index(placed.culprit)
+                order.insert(place // 2, order.pop(place))
             placed = self.place(order, limit)
         return min(best, placed, key=_Placed.quality)
 
