@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -16,11 +16,12 @@ from pockc.passes.lifetimes import ALIGNMENT as ALIGNMENT
 from pockc.passes.lifetimes import Buffer, buffers, extents, updates_in_place
 from pockc.passes.lifetimes import aligned as aligned
 
-MOST_ROUNDS = 120  # attempts to repair one order
+MOST_ROUNDS = 200  # attempts to repair one order
 MOST_SHAKEN = 80  # further orders that are tried where no plan is good
 SHAKE = 0.1
-MOST_VISITS = 4_000_000  # pairs of buffers that are alive together, over the attempts: large plans get fewer
-TOLERANCE = 1000  # part of the lower bound that is not worth more attempts
+MOST_VISITS = 8_000_000  # pairs of buffers that are alive together, over the attempts: large plans get fewer
+TOLERANCE = 1000  # part of the lower bound that is not worth more attempts,
+SHAKEN_TOLERANCE = 300  # and that is not worth the long ones
 
 Workspace = Callable[[Node], int]  # bytes of scratch memory that the node's kernel wants
 
@@ -125,7 +126,7 @@ def _plan(intervals: tuple[Interval, ...], search: bool) -> tuple[tuple[int, ...
             best = min(best, attempt(order, best.total - 1), key=_Placed.quality)
     generator = random.Random(0)
     for trial in range(min(MOST_SHAKEN, placer.rounds)):
-        if best.total <= good_enough:
+        if best.total <= placer.bound + placer.bound // SHAKEN_TOLERANCE:
             break
         attempt = placer.repaired if trial % 4 == 0 else placer.place
         best = min(best, attempt(_shaken(orders[trial % len(orders)], generator), best.total - 1), key=_Placed.quality)
@@ -164,7 +165,7 @@ def _orders(intervals: Sequence[Interval]) -> tuple[list[int], ...]:
 class _Placed:
     offsets: list[int]  # -1 where the placement was given up before
     total: int
-    culprit: int | None = None  # the interval that went beyond the limit
+    culprit: int | None = None  # where in the order the interval is that went beyond the limit
 
     def quality(self) -> tuple[bool, int]:
         """Complete placements before others, then by total."""
@@ -187,30 +188,38 @@ class _Placer:
 
         Gives up at the first interval that ends beyond ``limit``.
         """
-        offsets = [-1] * len(order)
-        total = 0
-        for index in order:
+        return self._place_on([-1] * len(order), order, 0, limit)
+
+    def _place_on(self, offsets: list[int], order: Sequence[int], placed: int, limit: int | None) -> _Placed:
+        """`place`, where the first ``placed`` of the order have their offsets already. Writes into ``offsets``."""
+        for position in range(placed, len(order)):
+            index, size = order[position], self.sizes[order[position]]
             taken = sorted((offsets[i], offsets[i] + self.sizes[i]) for i in self.alive_with[index] if offsets[i] >= 0)
-            offsets[index] = _best_gap(taken, self.sizes[index])
-            total = max(total, offsets[index] + self.sizes[index])
-            if limit is not None and total > limit:
-                return _Placed(offsets, total, index)
-        return _Placed(offsets, total)
+            offsets[index] = _best_gap(taken, size)
+            if limit is not None and offsets[index] + size > limit:
+                return _Placed(offsets, offsets[index] + size, position)
+        return _Placed(offsets, max(map(int.__add__, offsets, self.sizes)))
 
     def repaired(self, order: Sequence[int], limit: int) -> _Placed:
-        """The best placement of repeated attempts: what goes beyond the limit is placed earlier the next time."""
+        """The best placement of repeated attempts: what goes beyond the limit is placed earlier the next time.
+
+        It moves halfway up the order, not to the front: most intervals that were ever in the way then keep their
+        order, and what is in front of the new place keeps its offset.
+        """
         order = list(order)
         best = placed = self.place(order, limit)
         for _ in range(self.rounds):
-            if placed.culprit is None and placed.total <= self.bound:
+            offsets, culprit = placed.offsets, placed.culprit
+            if culprit is None:
+                best, limit = replace(placed, offsets=offsets.copy()), placed.total - 1
+                culprit = next(i for i, member in enumerate(order) if offsets[member] + self.sizes[member] > limit)
+            if best.total <= self.bound:
                 break
-            if placed.culprit is None:
-                best, limit = placed, placed.total - 1
-            else:
-                # Halfway, not to the front: most intervals that are ever in the way then keep their order.
-                place = order.index(placed.culprit)
-                order.insert(place // 2, order.pop(place))
-            placed = self.place(order, limit)
+            place = culprit // 2
+            for member in order[place:]:
+                offsets[member] = -1
+            order.insert(place, order.pop(culprit))
+            placed = self._place_on(offsets, order, place, limit)
         return min(best, placed, key=_Placed.quality)
 
 
