@@ -76,9 +76,11 @@ class Apart {
   Apart(const Program& program, const EntryRecord& entry, const CallRecord& record) {
     for (const uint32_t index : entry.inputs_of(record)) add(program, index, &inputs_);
     for (const uint32_t index : entry.outputs_of(record)) add(program, index, &outputs_);
-    call_.inputs = inputs_.data();
+    for (const Tensor& tensor : inputs_) list_.push_back(&tensor);
+    for (const Tensor& tensor : outputs_) list_.push_back(&tensor);
+    call_.inputs = Operands(list_.data());
     call_.input_count = static_cast<int32_t>(inputs_.size());
-    call_.outputs = outputs_.data();
+    call_.outputs = Operands(list_.data() + inputs_.size());
     call_.output_count = static_cast<int32_t>(outputs_.size());
     call_.ints = entry.ints.data() + record.ints.first;
     call_.int_count = static_cast<int32_t>(record.ints.count);
@@ -114,6 +116,7 @@ class Apart {
   }
 
   std::vector<Tensor> inputs_, outputs_;
+  std::vector<const Tensor*> list_;  // of inputs, then outputs
   std::vector<std::pair<uint32_t, void*>> places_;
   std::vector<std::unique_ptr<PageCopy>> blocks_;
   Call call_;

@@ -101,7 +101,7 @@ Status Session::save(const char* path, const char* cursor_json) const {
       const TensorRecord& tensor = program_->tensors[state.tensor];
       if (!state.is_mutable || dtype_size(tensor.type.dtype) != size) continue;
       items.push_back(SafetensorsFile::Item{state.name, state.original_type(tensor.type), tensor.bytes});
-      views.emplace_back(state, bound_tensor(state.tensor));
+      views.emplace_back(state, tensors_[state.tensor]);
     }
   }
   uint32_t crc = 0;
@@ -146,7 +146,7 @@ Status Session::load_bytes(const char* path, Bytes bytes) {
   // Nothing can fail from here on.
   for (const StateRecord& state : program_->states) {
     if (!state.is_mutable) continue;
-    const PermutedView view(state, bound_tensor(state.tensor));
+    const PermutedView view(state, tensors_[state.tensor]);
     view.scatter(0, view.elements(), file.find(state.name)->type.data);
   }
   micro_step_ = micro_step;

@@ -24,12 +24,13 @@ Status Session::create(const Program& program, const SessionSettings& settings) 
   }
   pool_ = new (std::nothrow) ThreadPool(settings.threads);
   if (pool_ == nullptr) return fail(PK_OUT_OF_MEMORY, "no memory for the thread pool");
+  tensors_.reserve(program.tensors.size());
+  for (const TensorRecord& tensor : program.tensors) tensors_.push_back(tensor.type);
   entries_.resize(program.entries.size());
   for (size_t i = 0; i < entries_.size(); ++i) {
     POCKC_TRY(bind_entry(program.entries[i], settings, &entries_[i]));
   }
   POCKC_TRY(allocate());
-  for (BoundEntry& entry : entries_) set_pointers(&entry);
   set_initial_states();
   program.file.drop_pages();  // the initial contents of trained states are not needed again
   mapped_bytes_ = count_mapped_bytes();
@@ -38,40 +39,48 @@ Status Session::create(const Program& program, const SessionSettings& settings) 
 
 Status Session::bind_entry(const EntryRecord& record, const SessionSettings& settings, BoundEntry* entry) {
   entry->record = &record;
+  entry->operands.reserve(record.operands.size());
+  for (const uint32_t index : record.operands) entry->operands.push_back(&tensors_[index]);
   entry->calls.resize(record.calls.size());
-  entry->operands.resize(record.operands.size());
-
-  Tensor* operand = entry->operands.data();
   for (size_t i = 0; i < record.calls.size(); ++i) {
-    const CallRecord& source = record.calls[i];
-    BoundCall& bound = entry->calls[i];
-    bound.record = &source;
-    bound.end = source.workspace_bytes == 0 ? 0 : source.workspace_offset + source.workspace_bytes;
-    bound.call.inputs = operand;
-    bound.call.input_count = static_cast<int32_t>(source.inputs.count);
-    bound.call.outputs = operand + source.inputs.count;
-    bound.call.output_count = static_cast<int32_t>(source.outputs.count);
-    for (const Span<uint32_t>& list : {record.inputs_of(source), record.outputs_of(source)}) {
-      for (uint32_t index : list) {
-        const TensorRecord& tensor = program_->tensors[index];
-        *operand++ = tensor.type;
-        if (tensor.storage == Storage::kArena && tensor.end() > bound.end) bound.end = tensor.end();
-      }
-    }
-    bound.call.ints = record.ints.data() + source.ints.first;
-    bound.call.int_count = static_cast<int32_t>(source.ints.count);
-    bound.call.floats = record.floats.data() + source.floats.first;
-    bound.call.float_count = static_cast<int32_t>(source.floats.count);
-    bound.call.workspace_bytes = source.workspace_bytes;
-    bound.call.pool = pool_;
-    POCKC_TRY(bind_call(settings, &bound));
+    const CallRecord& call = record.calls[i];
+    entry->calls[i].end = highest_address(record, call);
+    POCKC_TRY(bind_call(settings, call, call_of(*entry, call), &entry->calls[i]));
   }
   return PK_OK;
 }
 
-Status Session::bind_call(const SessionSettings& settings, BoundCall* bound) const {
-  const char* op = text(bound->record->op);
-  const char* origin = text(bound->record->origin);
+uint64_t Session::highest_address(const EntryRecord& entry, const CallRecord& call) const {
+  uint64_t end = call.workspace_bytes == 0 ? 0 : call.workspace_offset + call.workspace_bytes;
+  for (const Span<uint32_t>& list : {entry.inputs_of(call), entry.outputs_of(call)}) {
+    for (const uint32_t index : list) {
+      const TensorRecord& tensor = program_->tensors[index];
+      if (tensor.storage == Storage::kArena) end = std::max(end, tensor.end());
+    }
+  }
+  return end;
+}
+
+Call Session::call_of(const BoundEntry& entry, const CallRecord& record) const {
+  Call call;
+  call.inputs = Operands(entry.operands.data() + record.inputs.first);
+  call.input_count = static_cast<int32_t>(record.inputs.count);
+  call.outputs = Operands(entry.operands.data() + record.outputs.first);
+  call.output_count = static_cast<int32_t>(record.outputs.count);
+  call.ints = entry.record->ints.data() + record.ints.first;
+  call.int_count = static_cast<int32_t>(record.ints.count);
+  call.floats = entry.record->floats.data() + record.floats.first;
+  call.float_count = static_cast<int32_t>(record.floats.count);
+  call.workspace_bytes = record.workspace_bytes;
+  if (record.workspace_bytes > 0 && arena_ != nullptr) call.workspace = arena_ + record.workspace_offset;
+  call.pool = pool_;
+  return call;
+}
+
+Status Session::bind_call(const SessionSettings& settings, const CallRecord& record, const Call& call,
+                          BoundCall* bound) const {
+  const char* op = text(record.op);
+  const char* origin = text(record.origin);
   const KernelEntry* reference = find_reference(op);
   if (reference == nullptr && is_specialised()) {
     return fail(PK_UNSUPPORTED,
@@ -85,7 +94,7 @@ Status Session::bind_call(const SessionSettings& settings, BoundCall* bound) con
                 origin, pk_version());
   }
   clear_error();
-  const Status status = reference->check(bound->call);
+  const Status status = reference->check(call);
   if (status != PK_OK) {
     const std::string reason =
         last_error()[0] == '\0' ? "its operands or attributes are wrong" : last_error();
@@ -94,7 +103,7 @@ Status Session::bind_call(const SessionSettings& settings, BoundCall* bound) con
   bound->run = reference->run;
   if (settings.reference_only) return PK_OK;
   const KernelEntry* simd = find_simd(op, settings.isa);
-  if (simd != nullptr && simd->accepts(bound->call)) bound->run = simd->run;
+  if (simd != nullptr && simd->accepts(call)) bound->run = simd->run;
   return PK_OK;
 }
 
@@ -106,29 +115,13 @@ Status Session::allocate() {
                 static_cast<unsigned long long>(bytes), static_cast<double>(bytes) / (1 << 20));
   }
   arena_ = static_cast<unsigned char*>(memory);
+  for (size_t i = 0; i < tensors_.size(); ++i) tensors_[i].data = address(program_->tensors[i]);
   return PK_OK;
 }
 
 void* Session::address(const TensorRecord& tensor) const {
   if (tensor.storage == Storage::kArena) return arena_ + tensor.offset;
   return const_cast<uint8_t*>(program_->data.data) + tensor.offset;  // never an output: checked at load
-}
-
-Tensor Session::bound_tensor(uint32_t index) const {
-  Tensor tensor = program_->tensors[index].type;
-  tensor.data = address(program_->tensors[index]);
-  return tensor;
-}
-
-void Session::set_pointers(BoundEntry* entry) {
-  Tensor* operand = entry->operands.data();
-  for (BoundCall& bound : entry->calls) {
-    for (uint32_t index : entry->record->inputs_of(*bound.record))
-      (operand++)->data = address(program_->tensors[index]);
-    for (uint32_t index : entry->record->outputs_of(*bound.record))
-      (operand++)->data = address(program_->tensors[index]);
-    if (bound.call.workspace_bytes > 0) bound.call.workspace = arena_ + bound.record->workspace_offset;
-  }
 }
 
 void Session::set_initial_states() {
@@ -148,7 +141,7 @@ void Session::reset() {
 }
 
 bool Session::is_finite(const StateRecord& state) const {
-  const Tensor tensor = bound_tensor(state.tensor);
+  const Tensor& tensor = tensors_[state.tensor];
   if (tensor.dtype != DType::kF32) return true;
   const float* values = tensor.as<float>();
   bool finite = true;  // no early exit: the loop is then one of vectors

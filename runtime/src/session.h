@@ -59,24 +59,25 @@ class Session {
   void set_file_system(const FileSystem& system) { file_system_ = &system; }
 
  private:
+  // Of the call with the same index in the record. There are thousands: what a kernel gets is put together
+  // from the record right before it runs.
   struct BoundCall {
-    Call call;
     RunFunction run = nullptr;
-    const CallRecord* record = nullptr;
     uint64_t end = 0;  // highest arena address that the call touches
   };
   struct BoundEntry {
     const EntryRecord* record = nullptr;
     std::vector<BoundCall> calls;
-    std::vector<Tensor> operands;  // of all calls, one after the other
+    std::vector<const Tensor*> operands;  // those of the record, of all calls
   };
 
   Status bind_entry(const EntryRecord& record, const SessionSettings& settings, BoundEntry* entry);
-  Status bind_call(const SessionSettings& settings, BoundCall* bound) const;
+  Status bind_call(const SessionSettings& settings, const CallRecord& record, const Call& call,
+                   BoundCall* bound) const;
+  uint64_t highest_address(const EntryRecord& entry, const CallRecord& call) const;
+  Call call_of(const BoundEntry& entry, const CallRecord& record) const;
   Status allocate();
-  void set_pointers(BoundEntry* entry);
   void* address(const TensorRecord& tensor) const;
-  Tensor bound_tensor(uint32_t index) const;
 
   Status select_entry(const char* name, const BoundEntry** entry) const;
   bool in_arena(const void* data) const;
@@ -95,6 +96,7 @@ class Session {
   const Program* program_ = nullptr;
   ThreadPool* pool_ = nullptr;
   unsigned char* arena_ = nullptr;
+  std::vector<Tensor> tensors_;  // those of the program, with data from `allocate` on
   std::vector<BoundEntry> entries_;
   uint32_t micro_step_ = 0;  // micro-steps done towards the next optimizer step
   uint64_t used_peak_ = 0;

@@ -159,9 +159,9 @@ Status Session::check_outputs(const EntryRecord& entry, const char* const* names
 }
 
 Status Session::run_observed(const BoundEntry& entry, size_t index) const {
-  const BoundCall& bound = entry.calls[index];
+  const Call call = call_of(entry, entry.record->calls[index]);
   observer_->before(*entry.record, index);
-  const Status status = bound.run(bound.call);
+  const Status status = entry.calls[index].run(call);
   observer_->after(*entry.record, index);
   return status;
 }
@@ -169,13 +169,14 @@ Status Session::run_observed(const BoundEntry& entry, size_t index) const {
 Status Session::run_calls(const BoundEntry& entry) {
   for (size_t i = 0; i < entry.calls.size(); ++i) {
     const BoundCall& bound = entry.calls[i];
+    const CallRecord& record = entry.record->calls[i];
     touch(bound.end);
-    const Status status = observer_ == nullptr ? bound.run(bound.call) : run_observed(entry, i);
+    const Status status = observer_ == nullptr ? bound.run(call_of(entry, record)) : run_observed(entry, i);
     if (status == PK_OK) continue;
     char reason[512];
     std::snprintf(reason, sizeof(reason), "%s",
                   last_error()[0] == '\0' ? pk_status_string(status) : last_error());
-    return fail(status, "op `%s` at %s: %s", text(bound.record->op), text(bound.record->origin), reason);
+    return fail(status, "op `%s` at %s: %s", text(record.op), text(record.origin), reason);
   }
   return PK_OK;
 }
@@ -204,7 +205,7 @@ Status Session::run(const char* name, const char* const* input_names, const pk_t
 Status Session::read_state(const char* name, pk_tensor* out) const {
   const StateRecord* state = program_->find_state(name);
   if (state == nullptr) return fail(PK_NOT_FOUND, "the program has no state `%s`", name);
-  const Tensor stored = bound_tensor(state->tensor);
+  const Tensor& stored = tensors_[state->tensor];
   POCKC_TRY(check_tensor("state", name, state->original_type(stored), *out));
   const PermutedView view(*state, stored);
   view.gather(0, view.elements(), out->data);
@@ -217,7 +218,7 @@ Status Session::write_state(const char* name, const pk_tensor& tensor) {
   if (!state->is_mutable) {
     return fail(PK_INVALID_ARGUMENT, "state `%s` is frozen in this program and cannot be written", name);
   }
-  const Tensor stored = bound_tensor(state->tensor);
+  const Tensor& stored = tensors_[state->tensor];
   POCKC_TRY(check_tensor("state", name, state->original_type(stored), tensor));
   const PermutedView view(*state, stored);
   view.scatter(0, view.elements(), tensor.data);

@@ -45,9 +45,14 @@ PK_API int32_t kernel_shim_run(const char* op, const char* provider, const kerne
   if (!convert(arguments->outputs, arguments->output_count, false, outputs)) return PK_INVALID_ARGUMENT;
   pockc::ThreadPool pool(arguments->threads);
   pockc::Call call;
-  call.inputs = inputs;
+  const pockc::Tensor *input_list[kMostOperands], *output_list[kMostOperands];
+  for (int i = 0; i < kMostOperands; ++i) {
+    input_list[i] = &inputs[i];
+    output_list[i] = &outputs[i];
+  }
+  call.inputs = pockc::Operands(input_list);
   call.input_count = arguments->input_count;
-  call.outputs = outputs;
+  call.outputs = pockc::Operands(output_list);
   call.output_count = arguments->output_count;
   call.ints = arguments->ints;
   call.int_count = arguments->int_count;

@@ -54,11 +54,23 @@ struct Tensor {
   }
 };
 
+// The operands of a call, by reference: a session has one record for a tensor, whatever number of calls use
+// it.
+class Operands {
+ public:
+  Operands() = default;
+  explicit Operands(const Tensor* const* list) : list_(list) {}
+  __attribute__((always_inline)) const Tensor& operator[](int64_t index) const { return *list_[index]; }
+
+ private:
+  const Tensor* const* list_ = nullptr;
+};
+
 // One kernel call: operands, attributes in the canonical order of the op table, scratch memory.
 struct Call {
-  const Tensor* inputs = nullptr;
+  Operands inputs;
   int32_t input_count = 0;
-  const Tensor* outputs = nullptr;
+  Operands outputs;
   int32_t output_count = 0;
   const int64_t* ints =
       nullptr;  // int, bool: one entry; tuple: its length, then its elements; enum: its index
