@@ -95,6 +95,9 @@ CASES = (
     # As it is fine-tuned: of the arena above, 0.64 MB are the head for ImageNet's classes.
     Case("mcunet-b1-sparse-10", "MCUNet-5fps 128 px b1 sparse, 10 classes", "mcunet_5fps",
          {"batch_size": 1, "image_size": 128, "num_classes": 10}, "sparse", arena_at_most=1_000_000),
+    Case("mcunet-b1-sparse-bytes", "MCUNet-5fps 128 px b1 sparse, 10 classes, uint8 images", "mcunet_5fps",
+         {"batch_size": 1, "image_size": 128, "num_classes": 10, "uint8_images": True}, "sparse",
+         arena_at_most=1_000_000),
 )  # fmt: skip
 
 # A quick run takes the sizes of the tests; the bars of real sizes say nothing about those.

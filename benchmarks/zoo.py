@@ -86,13 +86,22 @@ def resnet50(batch_size: int = 8, image_size: int = 224, num_classes: int = 1000
 
 @_seeded
 def mcunet_5fps(
-    batch_size: int = 8, image_size: int = 128, num_classes: int = 1000, pretrained: bool = False
+    batch_size: int = 8,
+    image_size: int = 128,
+    num_classes: int = 1000,
+    pretrained: bool = False,
+    uint8_images: bool = False,
 ) -> ModelAndInputs:
-    """MCUNet-5fps; `pretrained` takes its dequantised ImageNet weights from `mcu/mcunet-5fps.npz` (datasets.py)."""
+    """MCUNet-5fps; `pretrained` takes its dequantised ImageNet weights from `mcu/mcunet-5fps.npz` (datasets.py).
+
+    With `uint8_images` the program takes them as a camera gives them, in a quarter of the memory.
+    """
     model = zoo_mcunet.McuNet(num_classes)
     if pretrained:
         state = zoo_mcunet.dequantized_state(datasets.shared_data("mcu/mcunet-5fps.npz"))
         _load(model, state, head="classifier")
+    if uint8_images:
+        return model, {"pixel_values": torch.randint(0, 256, (batch_size, 3, image_size, image_size)).byte()}
     return model, _images(batch_size, image_size)
 
 

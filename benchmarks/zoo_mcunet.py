@@ -55,7 +55,7 @@ class McuBlock(nn.Module):
 
 
 class McuNet(nn.Module):
-    """MCUNet-5fps for images in [-1, 1], 128x128 by design."""
+    """MCUNet-5fps for images in [-1, 1] or of uint8, 128x128 by design."""
 
     def __init__(self, num_classes: int = 1000) -> None:
         super().__init__()
@@ -75,6 +75,8 @@ class McuNet(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Maps images [N, 3, H, W] to logits [N, num_classes]."""
+        if pixel_values.dtype == torch.uint8:
+            pixel_values = pixel_values.float() / 127.5 - 1
         x = self.activation(self.first_conv(pixel_values))
         for block in self.blocks:
             x = block(x)

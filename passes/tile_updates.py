@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pockc.ir import Graph, Node
-from pockc.passes import reorder
+from pockc.passes import reorder, row_strips
 from pockc.passes.channel_chains import find
 from pockc.passes.rewrite import Rewriter
 from pockc.passes.schedule_model import problem_of
@@ -81,12 +81,18 @@ def _gradients(graph: Graph) -> list[_Gradient]:
 
 
 def _choose(graph: Graph, recipe: Recipe) -> dict[str, int]:
-    """How many parts each gradient gets, by its parameter; none where the peak would hardly be lower."""
+    """How many parts each gradient gets, by its parameter; none where the peak would hardly be lower.
+
+    What later passes can make small as well, tiles of channels and strips of rows, does not count as what the rest
+    needs: they are then held to a peak that is lower.
+    """
     ordered = reorder.searched(graph, recipe)
     gradients = _gradients(ordered)
     chains = find(ordered, recipe) if "tile-channels" not in recipe.disabled else []
     inside = {node for chain in chains for node in (*chain.nodes, chain.end)}
     inside.update(node for gradient in gradients for node in (gradient.product, gradient.update))
+    if "split-rows" not in recipe.disabled:
+        inside.update(node for cut in row_strips.analyse(ordered).cuts[-1:] for node in cut.nodes)
     needed = dict(zip(ordered.nodes, problem_of(ordered, recipe.workspace).needed().tolist(), strict=True))
     needs = {
         gradient: [needed[gradient.product] - gradient.saved(min(count, gradient.rows)) for count in COUNTS]

@@ -23,9 +23,10 @@ from pockc.frontend.patterns import rewrite
 from pockc.frontend.source import MODEL, Problem, combined, export_error, origin_of, place_of
 from pockc.ir import NUMPY_DTYPES, Array, Builder, Graph, TensorType, Value
 
-# Not uint8: in the IR that is the type of bit masks, and nothing casts from it.
 DTYPE_NAMES = {torch.float32: "f32", torch.int64: "i64", torch.int32: "i32", torch.bool: "bool"}
 _SUPPORTED_DTYPES = "float32, int64, int32 and bool"
+# Images as cameras give them: a quarter of the memory. The model converts them first, since no op computes with bytes.
+_INPUT_DTYPE_NAMES = {**DTYPE_NAMES, torch.uint8: "u8"}
 _BATCHNORM_STATISTICS = ("running_mean", "running_var")
 
 
@@ -260,14 +261,14 @@ class _Importer:
 
     def _user_input(self, name: str, node: fx.Node) -> Value | _Unknown:
         fake = node.meta["val"]
-        if fake.dtype not in DTYPE_NAMES:
+        if fake.dtype not in _INPUT_DTYPE_NAMES:
             self._report(
                 f"the input {name!r} is {_plain(fake.dtype)}",
-                supported=_SUPPORTED_DTYPES,
+                supported="float32, int64, int32, bool, and uint8 that the model converts to float32",
                 instead="Convert it before it reaches the model.",
             )
             return _UNKNOWN
-        return self.builder.input(name, TensorType(tuple(fake.shape), DTYPE_NAMES[fake.dtype]))
+        return self.builder.input(name, TensorType(tuple(fake.shape), _INPUT_DTYPE_NAMES[fake.dtype]))
 
     def _buffer(self, node: fx.Node, name: str) -> _Result:
         """A buffer that nothing changes stays a tensor, so that what is computed from it alone can be folded."""

@@ -6,6 +6,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from pockc.errors import UserError
 from pockc.ir import Array
@@ -51,6 +53,19 @@ def model_tensors(model: nn.Module) -> dict[str, Array]:
     """Parameters and buffers of a model by name, tied ones under their first name alone."""
     named = (*model.named_parameters(), *model.named_buffers())
     return {name: tensor.detach().numpy().copy() for name, tensor in named}
+
+
+class _FloatIsDouble(TorchFunctionMode):
+    """Lets a model that converts its inputs to float32 by itself, such as images of bytes, run in float64."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is Tensor.float:
+            return args[0].double()
+        args = tuple(torch.float64 if value is torch.float32 else value for value in args)
+        named = {name: torch.float64 if v is torch.float32 else v for name, v in (kwargs or {}).items()}
+        return function(*args, **named)
 
 
 @dataclass
@@ -100,7 +115,8 @@ class Reference:
 
     def train_step(self, inputs: Mapping[str, Array]) -> float:
         """One (micro-)step; returns the loss before the update."""
-        loss = self._loss(_doubled(inputs) if self.double else _tensors(inputs))
+        with _FloatIsDouble() if self.double else nullcontext():
+            loss = self._loss(_doubled(inputs) if self.double else _tensors(inputs))
         (loss / self.accumulation).backward()  # type: ignore[no-untyped-call]
         self.micro_steps += 1
         if self.micro_steps % self.accumulation == 0:
@@ -117,7 +133,9 @@ class Reference:
         The bias of an attention's keys is one: softmax does not see it.
         """
         double = copy.deepcopy(self.model).double()
-        self._loss(_doubled(inputs), double).backward()  # type: ignore[no-untyped-call]
+        with _FloatIsDouble():
+            loss = self._loss(_doubled(inputs), double)
+        loss.backward()  # type: ignore[no-untyped-call]
         norms = {n: 0.0 if p.grad is None else float(p.grad.norm()) for n, p in double.named_parameters()}
         total = math.sqrt(sum(norm * norm for norm in norms.values()))
         return frozenset(name for name in self.trained if norms[name] <= 1e-12 * total)

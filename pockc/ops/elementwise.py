@@ -392,7 +392,7 @@ define(
 
 
 def _cast_rule(x: TensorType, *, dtype: str) -> TensorType:
-    require_dtype("x", x, "f32", "i64", "i32", "bool")
+    require_dtype("x", x, "f32", "i64", "i32", "u8", "bool")
     require(dtype in ("f32", "i64", "i32", "bool"), f"there is no conversion to {dtype!r}")
     return TensorType(x.shape, dtype)
 
@@ -418,6 +418,8 @@ define(
         Sample((np.array([0.0, -0.0, 0.5, -3.0], np.float32),), {"dtype": "bool"}, lambda t, x: x.to(t.bool)),
         Sample((i64(7),), {"dtype": "f32"}, lambda t, x: x.to(t.float32)),
         Sample((boolean(7),), {"dtype": "f32"}, lambda t, x: x.to(t.float32)),
+        Sample((np.arange(256, dtype=np.uint8),), {"dtype": "f32"}, lambda t, x: x.to(t.float32)),
+        Sample((np.array([0, 1, 255], np.uint8),), {"dtype": "bool"}, lambda t, x: x.to(t.bool)),
         Sample((TensorType((7,), "i32"),), {"dtype": "i64"}, lambda t, x: x.to(t.int64)),
         Sample((f32(7),), {"dtype": "f32"}, lambda t, x: x.clone(), (0,)),
     ],
