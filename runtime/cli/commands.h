@@ -12,13 +12,14 @@
 
 namespace pockc::cli {
 
-// A program with one session, and what loading did to the memory of the process.
+// A program with one session, and what loading did to the memory of the process and took.
 struct Model {
   Program program;
   Session session;
   int threads = 1;
   int64_t resident_before = 0;
   int64_t resident_after = 0;
+  StepTimer loading;  // of one step: until the session is ready
 
   Status open(const Options& options);
   // The entry, or null with an error that lists those that exist.

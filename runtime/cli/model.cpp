@@ -61,6 +61,7 @@ Status write_report(const std::string& path, const std::string& json) {
 
 Status Model::open(const Options& options) {
   resident_before = resident_bytes();
+  loading.start();
   POCKC_TRY(load_program(options.model.c_str(), &program));
   threads = static_cast<int>(options.threads);
   if (options.threads > static_cast<int64_t>(program.max_threads)) {
@@ -71,6 +72,7 @@ Status Model::open(const Options& options) {
   settings.threads = threads;
   POCKC_TRY(session.create(program, settings));
   session.set_file_system(*options.file_system);
+  loading.stop();
   resident_after = resident_bytes();
   return PK_OK;
 }
