@@ -24,7 +24,8 @@ LEAST_SHARE = {"gemm": 0.80, "dense 3x3 forward": 0.70, "dense 3x3 input gradien
 class KernelCase:
     """A call of a kernel. ``work`` is in floating-point operations or in bytes, as the unit says.
 
-    ``pytorch`` takes the operands and returns a function that does the same once.
+    ``pytorch`` takes the operands and returns a function that does the same once. ``share`` maps outputs to the
+    operands whose memory they take in a program.
     """
 
     group: str
@@ -35,6 +36,7 @@ class KernelCase:
     unit: str = "GF/s"
     attrs: Mapping[str, Any] = field(default_factory=dict)
     pytorch: Callable[..., Callable[[], object]] | None = None
+    share: Mapping[int, int] = field(default_factory=dict)
 
 
 def _made(*shapes: tuple[int, ...]) -> Callable[[], list[Array]]:
@@ -252,7 +254,7 @@ def _adam(elements: int) -> KernelCase:
         return torch.optim.Adam([parameter], fused=True).step
 
     return KernelCase("Adam", str(elements), "adam", operands, 7 * 4.0 * elements, "GB/s",
-                      {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8}, pytorch)  # fmt: skip
+                      {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8}, pytorch, {0: 0, 1: 2, 2: 3})  # fmt: skip
 
 
 CASES: tuple[KernelCase, ...] = (

@@ -97,7 +97,7 @@ def prepare(case: KernelCase, operands: Sequence[np.ndarray[Any, Any]], provider
     outputs, _ = infer(case.op, tuple(types), dict(case.attrs))
     attributes = complete_attributes(case.op, dict(case.attrs))
     scratch = workspace_bytes(case.op, types, outputs, attributes, 1)
-    runner = kernels.Prepared(case.op, provider, operands, outputs, case.attrs, scratch)
+    runner = kernels.Prepared(case.op, provider, operands, outputs, case.attrs, scratch, case.share)
     if (status := runner()) != kernels.OK:
         raise ValueError(f"{case.title}: the kernel answers with status {status}")
     return runner

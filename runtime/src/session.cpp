@@ -1,6 +1,8 @@
 // Creation of a session: kernels are chosen, then memory is allocated, then nothing more.
 #include "session.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -10,6 +12,11 @@
 #include "error.h"
 
 namespace pockc {
+namespace {
+
+constexpr uint64_t kLargePage = 2 << 20;
+
+}  // namespace
 
 Session::~Session() {
   delete pool_;
@@ -109,11 +116,19 @@ Status Session::bind_call(const SessionSettings& settings, const CallRecord& rec
 
 Status Session::allocate() {
   const uint64_t bytes = program_->arena_bytes;
+  // Large pages where the system has them: a matrix product walks along more rows than the processor
+  // remembers pages. Only pages that lie in the arena as a whole become large, so that it takes no more
+  // memory.
+  const bool large = bytes >= 2 * kLargePage;
   void* memory = nullptr;
-  if (bytes > SIZE_MAX || posix_memalign(&memory, kAlignment, bytes == 0 ? 1 : bytes) != 0) {
+  if (bytes > SIZE_MAX ||
+      posix_memalign(&memory, large ? kLargePage : kAlignment, bytes == 0 ? 1 : bytes) != 0) {
     return fail(PK_OUT_OF_MEMORY, "cannot allocate the arena of %llu bytes (%.1f MiB)",
                 static_cast<unsigned long long>(bytes), static_cast<double>(bytes) / (1 << 20));
   }
+#ifdef MADV_HUGEPAGE
+  if (large) madvise(memory, bytes / kLargePage * kLargePage, MADV_HUGEPAGE);
+#endif
   arena_ = static_cast<unsigned char*>(memory);
   for (size_t i = 0; i < tensors_.size(); ++i) tensors_[i].data = address(program_->tensors[i]);
   return PK_OK;

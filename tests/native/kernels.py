@@ -173,7 +173,10 @@ def call(
 
 
 class Prepared:
-    """A call on operands of its own that can be repeated, for measurements; calling it gives the kernel's status."""
+    """A call on operands of its own that can be repeated, for measurements; calling it gives the kernel's status.
+
+    ``share`` maps outputs to the inputs whose buffer they take.
+    """
 
     def __init__(
         self,
@@ -183,16 +186,19 @@ class Prepared:
         outputs: Sequence[TensorType],
         attrs: Mapping[str, Any],
         workspace_bytes: int,
+        share: Mapping[int, int] | None = None,
     ) -> None:
         ints, floats = flat(op, attrs)
         types = [TensorType(tuple(x.shape), dtype_of(x)) for x in inputs]
-        blocks = [Block(type_.nbytes) for type_ in (*types, *outputs)]
-        for block, type_, x in zip(blocks, types, inputs, strict=False):
+        sources = [Block(type_.nbytes) for type_ in types]
+        for block, type_, x in zip(sources, types, inputs, strict=True):
             block.view(type_)[...] = x
+        shared = share or {}
+        results = [sources[shared[i]] if i in shared else Block(type_.nbytes) for i, type_ in enumerate(outputs)]
         workspace = Block(max(1, workspace_bytes))
-        placed = blocks[: len(types)], blocks[len(types) :]
+        placed = sources, results
         arguments = _record((types, outputs), (ints, floats), placed, workspace, workspace_bytes, threads=1)
-        self._alive = blocks, workspace, arguments
+        self._alive = placed, workspace, arguments
         self._run = _shim().kernel_shim_run
         self._arguments = op.encode(), provider.encode(), ctypes.byref(arguments)
 

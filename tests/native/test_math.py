@@ -13,6 +13,12 @@ from tests.native import kernels
 
 pytestmark = pytest.mark.native
 
+
+def _gelu(x: Array) -> Array:
+    y: Array = x * np.vectorize(math.erfc)(-x / math.sqrt(2)) / 2
+    return y
+
+
 # Function, the interval that is sampled, and the bound that runtime/kernels/simd/math.h states.
 FUNCTIONS: list[tuple[str, Callable[[Array], Array], float, float, float]] = [
     ("exp", np.exp, -103.0, 88.7, 1.0),
@@ -20,6 +26,8 @@ FUNCTIONS: list[tuple[str, Callable[[Array], Array], float, float, float]] = [
     ("log", np.log, 0.5, 2.0, 1.0),
     ("tanh", np.tanh, -10.0, 10.0, 2.0),
     ("erf", np.vectorize(math.erf), -5.0, 5.0, 2.0),
+    ("gelu", _gelu, 0.0, 30.0, 2.0),
+    ("gelu", _gelu, -1.0, 0.0, 3.0),
 ]
 
 
@@ -42,6 +50,21 @@ def test_error_is_within_the_stated_bound(
     assert distance.max() <= bound, f"{distance.max():.2f} ulp at {x[distance.argmax()]!r}"
 
 
+def test_gelu_of_negative_numbers_is_within_the_stated_distance() -> None:
+    x = np.concatenate([np.linspace(-20.0, -1.0, 200_001), [-1e3, -1e20, -3e38]]).astype(np.float32)
+    assert np.abs(apply("gelu", x) - _gelu(x.astype(np.float64))).max() <= 1e-7
+
+
+def test_gelu_slope_is_within_the_stated_distance() -> None:
+    x = np.concatenate([np.linspace(-20.0, 20.0, 400_001), [-3e38, -1e3, 1e3, 3e38]]).astype(np.float32)
+    status, found = kernels.run("gelu_grad", "simd", [np.ones_like(x), x], [TensorType(x.shape)], {})
+    assert status == kernels.OK
+    exact = x.astype(np.float64)
+    density = np.exp(-np.square(exact) / 2) / math.sqrt(2 * math.pi)
+    cdf = np.vectorize(math.erfc)(-exact / math.sqrt(2)) / 2
+    assert np.abs(found[0] - (cdf + exact * density)).max() <= 2e-7
+
+
 @pytest.mark.parametrize(
     ("op", "values", "expected"),
     [
@@ -49,6 +72,7 @@ def test_error_is_within_the_stated_bound(
         ("log", (1.0, 0.0, math.inf, -1.0), (0.0, -math.inf, math.inf, math.nan)),
         ("tanh", (0.0, -math.inf, math.inf, 50.0), (0.0, -1.0, 1.0, 1.0)),
         ("erf", (0.0, -math.inf, math.inf, 50.0), (0.0, -1.0, 1.0, 1.0)),
+        ("gelu", (0.0, -3e38, math.inf, 50.0), (0.0, 0.0, math.inf, 50.0)),
     ],
 )
 def test_limits_and_nan_are_exact(op: str, values: tuple[float, ...], expected: tuple[float, ...]) -> None:

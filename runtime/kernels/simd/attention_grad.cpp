@@ -57,7 +57,7 @@ void run_block(const Attention& a, const Head& head, int64_t begin, int64_t end,
     }
     const vf delta = splat(row_product(head.ct + i * width, head.out + i * width, width));
     for_vectors(0, seen, [&](int64_t j, int64_t valid) POCKC_LAMBDA {
-      const vf probability = exponential(load_n(p_row + j, valid) - splat(log_sum));
+      const vf probability = exponential_of_negative(load_n(p_row + j, valid) - splat(log_sum));
       store_n(p_row + j, probability, valid);
       store_n(ds_row + j, probability * (load_n(ds_row + j, valid) - delta) * splat(a.scale), valid);
     });

@@ -22,10 +22,10 @@ POCKC_INLINE uint32_t bits_of_lanes(vi mask) {
 #endif
 }
 
-// The lanes whose bit is set, all ones.
-POCKC_INLINE vi lanes_of_bits(uint32_t bits) {
+// The lanes whose bit is set, from bit `first` on, all ones.
+POCKC_INLINE vi lanes_of_bits(uint32_t bits, int64_t first = 0) {
   vi bit;
-  for (int i = 0; i < W; ++i) bit[i] = 1 << i;
+  for (int i = 0; i < W; ++i) bit[i] = 1 << (first + i);
   return (splat_int(static_cast<int32_t>(bits)) & bit) != splat_int(0);
 }
 

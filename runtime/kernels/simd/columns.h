@@ -11,35 +11,36 @@ namespace pockc {
 namespace POCKC_SIMD_NAMESPACE {
 
 constexpr int64_t kBlockRows = 128;
-constexpr int kColumnVectors = 4;     // summed together
+constexpr int kColumnVectors = 8;     // summed together: memory is read in runs of 256 bytes with AVX2
+constexpr int kFewVectors = 4;        // of what is left
 constexpr int64_t kColumnGroup = 64;  // columns that a thread takes at least
+
+// The vectors of `term` from column c on, added over the rows [begin, end): of V whole ones, or of one.
+template <int V, typename Term>
+POCKC_INLINE void sum_vectors(int64_t begin, int64_t end, int64_t c, int64_t valid, float* out, Term&& term) {
+  vf sum[V] = {};
+  for (int64_t row = begin; row < end; ++row) {
+    POCKC_UNROLL
+    for (int j = 0; j < V; ++j) sum[j] = term(row, c + j * W, valid, sum[j]);
+  }
+  POCKC_UNROLL
+  for (int j = 0; j < V; ++j) {
+    float* to = out + c + j * W;
+    store_n(to, begin == 0 ? sum[j] : load_n(to, valid) + sum[j], valid);
+  }
+}
 
 // out[c0, c1): term(row, column, valid, sum) returns `sum` plus the term of that row.
 template <typename Term>
 void sum_columns(int64_t rows, int64_t c0, int64_t c1, float* out, Term&& term) {
   for (int64_t begin = 0; begin < rows; begin += kBlockRows) {
     const int64_t end = minimum(rows, begin + kBlockRows);
-    for (int64_t c = c0; c < c1; c += kColumnVectors * W) {
-      const int64_t columns = minimum<int64_t>(c1 - c, kColumnVectors * W);
-      vf sum[kColumnVectors] = {};
-      if (columns == kColumnVectors * W) {
-        for (int64_t row = begin; row < end; ++row) {
-          POCKC_UNROLL
-          for (int j = 0; j < kColumnVectors; ++j)
-            sum[j] = term(row, c + j * W, static_cast<int64_t>(W), sum[j]);
-        }
-      } else {
-        for (int j = 0; j * W < columns; ++j) {
-          const int64_t valid = minimum<int64_t>(W, columns - j * W);
-          for (int64_t row = begin; row < end; ++row) sum[j] = term(row, c + j * W, valid, sum[j]);
-        }
-      }
-      for (int j = 0; j * W < columns; ++j) {
-        const int64_t valid = minimum<int64_t>(W, columns - j * W);
-        float* to = out + c + j * W;
-        store_n(to, begin == 0 ? sum[j] : load_n(to, valid) + sum[j], valid);
-      }
-    }
+    int64_t c = c0;
+    for (; c + kColumnVectors * W <= c1; c += kColumnVectors * W)
+      sum_vectors<kColumnVectors>(begin, end, c, W, out, term);
+    for (; c + kFewVectors * W <= c1; c += kFewVectors * W)
+      sum_vectors<kFewVectors>(begin, end, c, W, out, term);
+    for (; c < c1; c += W) sum_vectors<1>(begin, end, c, minimum<int64_t>(c1 - c, W), out, term);
   }
 }
 

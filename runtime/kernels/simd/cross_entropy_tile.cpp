@@ -22,7 +22,7 @@ void add_tile(const float* row, int64_t width, int64_t start, int64_t label, flo
   const float here = row_max(row, width), before = known[kMost];
   const float most = before > here ? before : here;
   const float shift = most == -kInfinity ? 0.0f : most;  // of a row of -inf alone the sum is 0, not NaN
-  const float kept = known[kSum] * exponential(splat(before - shift))[0];
+  const float kept = known[kSum] * exponential_of_negative(splat(before - shift))[0];
   known[kSum] = kept + row_exponentials(row, width, shift, nullptr);
   known[kTotal] += row_sum(row, width);
   if (label >= start && label < start + width) known[kLabel] = row[label - start];
@@ -79,7 +79,8 @@ Status run_cross_entropy_grad_tile(const Call& call) {
       const vf most = splat(running[i * kStatistics + kMost]);
       const vf scale = splat(1.0f / running[i * kStatistics + kSum]);
       for_vectors(0, width, [&](int64_t c, int64_t valid) POCKC_LAMBDA {
-        const vf difference = fma(exponential(load_n(row + c, valid) - most), scale, splat(-spread));
+        const vf difference =
+            fma(exponential_of_negative(load_n(row + c, valid) - most), scale, splat(-spread));
         store_n(to + c, difference * splat(factor), valid);
       });
       const int64_t label = labels[i] - start;

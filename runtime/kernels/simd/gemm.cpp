@@ -208,7 +208,8 @@ struct Ahead {
         each(divide_up(pieces * divide_up(floats, kLineFloats), tiles)) {}
   POCKC_INLINE void advance() {
     for (int64_t i = 0; i < each && pieces > 0; ++i) {
-      __builtin_prefetch(piece + at);
+      // Its end: a short piece often begins in a line that the piece before it has brought.
+      __builtin_prefetch(piece + minimum(at + kLineFloats, floats) - 1);
       at += kLineFloats;
       if (at < floats) continue;
       at = 0;

@@ -25,6 +25,13 @@ constexpr int kTileRows = 6, kTileVectors = 1;
 constexpr int kTileRows = 6, kTileVectors = 2;
 #endif
 constexpr int kTileColumns = kTileVectors * W;
+
+// Two steps of k at a time where one is short.
+#if defined(__AVX512F__)
+#define POCKC_UNROLL_STEPS
+#else
+#define POCKC_UNROLL_STEPS POCKC_UNROLL_TWICE
+#endif
 static_assert(kTileRows <= kMaxRows && kColumns % kTileColumns == 0, "blocking");
 
 struct Tile {
@@ -44,6 +51,7 @@ struct Tile {
 
 constexpr int64_t kLineFloats = 16;     // of a cache line
 constexpr int64_t kPrefetchDepth = 64;  // shorter sums are done before a line of C could arrive
+constexpr int64_t kStepsAhead = 12;     // of k: by then a line of B has come from the second-level cache
 
 template <int R, int V, bool RowMajor>
 void micro_kernel(const Tile& t) {
@@ -65,7 +73,10 @@ void micro_kernel(const Tile& t) {
   const float* b = t.b;
   const int64_t a_stride = t.a_stride;
   const int64_t b_stride = t.b_stride;
+  POCKC_UNROLL_STEPS
   for (int64_t k = 0; k < t.depth; ++k) {
+    POCKC_UNROLL
+    for (int j = 0; j < V * W; j += kLineFloats) __builtin_prefetch(b + kStepsAhead * b_stride + j);
     vf right[V];
     POCKC_UNROLL
     for (int j = 0; j < V; ++j) right[j] = load(b + j * W);

@@ -8,12 +8,35 @@ namespace pockc {
 namespace POCKC_SIMD_NAMESPACE {
 namespace {
 
-// Calls f(first element, valid <= 16, its mask bytes).
+// Calls f(first element, valid <= 16): of all but the last sixteen with a constant, which it is compiled for.
 template <typename F>
-void for_sixteens(const Call& call, int64_t count, F&& f) {
+void for_sixteens(const Call& call, int64_t count, const F& function) {
   parallel(call, divide_up(count, 16), kElementGrain / 16, [&](int64_t begin, int64_t end, int) {
-    for (int64_t block = begin; block < end; ++block) f(block * 16, minimum<int64_t>(16, count - block * 16));
+    const F f = function;  // what it holds stays in registers: a byte that is written could be anything else
+    const int64_t whole = minimum(end, count / 16);
+    for (int64_t block = begin; block < whole; ++block) f(block * 16, static_cast<int64_t>(16));
+    if (whole < end) f(whole * 16, count - whole * 16);
   });
+}
+
+template <bool Inclusive>
+Status range_mask(const Call& call, float low, float high) {
+  const vi any_low = splat_int(low == -kInfinity ? -1 : 0), any_high = splat_int(high == kInfinity ? -1 : 0);
+  const float* x = call.inputs[0].as<float>();
+  uint8_t* mask = call.outputs[0].as<uint8_t>();
+  for_sixteens(call, elements(call.inputs[0]), [=](int64_t first, int64_t count) POCKC_LAMBDA {
+    uint32_t bits = 0;
+    for_vectors(0, count, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
+      const vf v = load_n(x + first + i, valid);
+      const vi above = any_low | (Inclusive ? v >= splat(low) : v > splat(low));
+      const vi below = any_high | (Inclusive ? v <= splat(high) : v < splat(high));
+      bits |= bits_of_lanes(above & below) << i;
+    });
+    bits &= (1u << count) - 1;
+    mask[first / 8] = static_cast<uint8_t>(bits);
+    if (count > 8) mask[first / 8 + 1] = static_cast<uint8_t>(bits >> 8);
+  });
+  return PK_OK;
 }
 
 }  // namespace
@@ -23,23 +46,7 @@ bool accepts_range_mask(const Call& call) { return is_f32(call.inputs[0]) && ele
 Status run_range_mask(const Call& call) {
   Attributes attributes(call);
   const float low = attributes.real(), high = attributes.real();
-  const bool inclusive = attributes.boolean();
-  const vi any_low = splat_int(low == -kInfinity ? -1 : 0), any_high = splat_int(high == kInfinity ? -1 : 0);
-  const float* x = call.inputs[0].as<float>();
-  uint8_t* mask = call.outputs[0].as<uint8_t>();
-  for_sixteens(call, elements(call.inputs[0]), [&](int64_t first, int64_t count) {
-    uint32_t bits = 0;
-    for_vectors(first, first + count, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
-      const vf v = load_n(x + i, valid);
-      const vi above = any_low | (inclusive ? v >= splat(low) : v > splat(low));
-      const vi below = any_high | (inclusive ? v <= splat(high) : v < splat(high));
-      bits |= bits_of_lanes(above & below) << (i - first);
-    });
-    bits &= (1u << count) - 1;
-    mask[first / 8] = static_cast<uint8_t>(bits);
-    if (count > 8) mask[first / 8 + 1] = static_cast<uint8_t>(bits >> 8);
-  });
-  return PK_OK;
+  return attributes.boolean() ? range_mask<true>(call, low, high) : range_mask<false>(call, low, high);
 }
 
 bool accepts_apply_mask(const Call& call) { return elements(call.inputs[0]) > 0; }
@@ -49,12 +56,12 @@ Status run_apply_mask(const Call& call) {
   const float* x = call.inputs[0].as<float>();
   const uint8_t* mask = call.inputs[1].as<uint8_t>();
   float* out = call.outputs[0].as<float>();
-  for_sixteens(call, elements(call.outputs[0]), [&](int64_t first, int64_t count) {
+  for_sixteens(call, elements(call.outputs[0]), [=](int64_t first, int64_t count) POCKC_LAMBDA {
     uint32_t bits = mask[first / 8];
     if (count > 8) bits |= static_cast<uint32_t>(mask[first / 8 + 1]) << 8;
-    for_vectors(first, first + count, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
-      const vf y = load_n(x + i, valid) * scale;
-      store_n(out + i, select(lanes_of_bits(bits >> (i - first)), y, vf{}), valid);
+    for_vectors(0, count, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
+      const vf y = load_n(x + first + i, valid) * scale;
+      store_n(out + first + i, select(lanes_of_bits(bits, i), y, vf{}), valid);
     });
   });
   return PK_OK;

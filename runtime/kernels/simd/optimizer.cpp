@@ -133,7 +133,7 @@ Status run_adam(const Call& call) {
   const bool near_start = 1.0 - beta1 < 0.5;  // torch.lerp: exact at the nearer end
   const vf rest1 = splat(1.0f) - take1;
   const vf step_size = vector(rate / (1.0 - ::pow(beta1, step)));
-  const vf correction = vector(::sqrt(1.0 - ::pow(beta2, step)));
+  const vf correction = vector(1.0 / ::sqrt(1.0 - ::pow(beta2, step)));
   const vf epsilon = vector(call.floats[2]);
   const float* g = call.inputs[1].as<float>();
   const float* m = call.inputs[2].as<float>() + before;
@@ -151,7 +151,7 @@ Status run_adam(const Call& call) {
       const vf square = fma(take2 * gradient, gradient, keep2 * load_n(v + from + i, valid));
       store_n(new_m + from + i, mean, valid);
       store_n(new_v + from + i, square, valid);
-      const vf denominator = square_root(square) / correction + epsilon;
+      const vf denominator = fma(square_root(square), correction, epsilon);
       store_n(p + to + i, old - step_size * mean / denominator, valid);
     });
   });

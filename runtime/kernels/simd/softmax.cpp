@@ -74,7 +74,8 @@ Status run_log_softmax_grad(const Call& call) {
     for_lanes(n, [&](int j, int64_t i, int64_t valid) POCKC_LAMBDA { sum.v[j] += load_n(ct + i, valid); });
     const vf total = splat(-sum.sum());
     for_vectors(0, n, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
-      store_n(out + i, fma(exponential(load_n(y + i, valid)), total, load_n(ct + i, valid)), valid);
+      store_n(out + i, fma(exponential_of_negative(load_n(y + i, valid)), total, load_n(ct + i, valid)),
+              valid);
     });
   });
 }

@@ -22,7 +22,7 @@ POCKC_INLINE float row_max(const float* x, int64_t n) {
 POCKC_INLINE float row_exponentials(const float* x, int64_t n, float shift, float* y) {
   Lanes sum = Lanes::all(0);
   for_lanes(n, [&](int j, int64_t i, int64_t valid) POCKC_LAMBDA {
-    const vf e = exponential(load_or(x + i, valid, -kInfinity) - splat(shift));
+    const vf e = exponential_of_negative(load_or(x + i, valid, -kInfinity) - splat(shift));
     if (y != nullptr) store_n(y + i, e, valid);
     sum.v[j] += valid == W ? e : keep_first(e, valid, vf{});
   });
