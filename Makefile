@@ -110,8 +110,9 @@ verify-onnx: setup ## Compare models for ONNX Runtime with PyTorch: trajectories
 verify-edge: setup qemu ## Train three models for five processor cores under emulation, against this machine: a table
 	$(BIN)/python -m benchmarks.verify_edge
 
-bench-instructions: setup qemu ## Count the instructions of a step on 64-bit ARM, sparse against full, by emulation
+bench-instructions: setup qemu ## Count the instructions of a step on 64-bit ARM by emulation: sparse against full, int8 with dot products
 	$(BIN)/python -m benchmarks.instruction_counts
+	$(BIN)/python -m benchmarks.instruction_counts_int8
 
 # Everything that is measured is made from random weights: no data is needed.
 bench-memory: setup ## Compare the memory of training with PyTorch's: tables, JSON, a picture

@@ -62,7 +62,7 @@ def kernel_list(program: Program) -> str:
     complete = (toolchain.runtime_sources() / "kernels" / "kernels.inc").read_text()
 
     def keep(line: str) -> bool:
-        entry = re.match(r"POCKC_(?:REF|SIMD)\((\w+)\)", line)
+        entry = re.match(r"POCKC_(?:REF|SIMD|DOTPROD)\((\w+)\)", line)
         return entry is None or entry[1] in used
 
     return "".join(line for line in complete.splitlines(keepends=True) if keep(line))
