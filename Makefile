@@ -23,11 +23,11 @@ RUN_CPP_TESTS = $(BIN)/ctest --test-dir $(ASAN_DIR) --output-on-failure --no-tes
 RUN_PYTHON_TESTS = $(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 # One thread per test process: pytest runs as many processes as there are cores.
-test test-python test-page test-cross update-golden: export OMP_NUM_THREADS = 1
+test test-python test-page test-cross test-jni wheel-aarch64 update-golden: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup runtime asan data lint test fuzz test-cpp test-python test-page qemu test-cross demo verify-zoo verify-edge verify-onnx bench-memory peers bench-speed bench-all bench-kernels bench-ablate bench-instructions sweep update-golden clean distclean
+.PHONY: help setup runtime asan data lint test fuzz test-cpp test-python test-page qemu test-cross test-jni wheel-aarch64 demo verify-zoo verify-edge verify-onnx bench-memory peers bench-speed bench-all bench-kernels bench-ablate bench-instructions sweep update-golden clean distclean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{ printf "  make %-19s %s\n", $$1, $$2 }'
@@ -92,6 +92,23 @@ qemu: ## Install qemu-user, and an ssh server and rsync to test with, by apt-get
 CROSS ?= aarch64,armv7l,riscv64
 test-cross: setup qemu ## Cross-compile for other processors and test under emulation: CROSS=aarch64 for one of them
 	POCKC_CROSS=$(CROSS) $(BIN)/python -m pytest $(PYTEST_ARGS) tests/cross tests/test_deploy.py
+
+# `make test` has the same test where a JDK is installed already.
+test-jni: setup ## Test the Android binding in a JVM, installed with apt-get where that is permitted
+	command -v javac || apt-get install --yes --no-install-recommends default-jdk-headless \
+	  || echo "Cannot install default-jdk-headless here: the test of the binding is skipped."
+	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/native/test_jni.py
+
+# The library needs glibc 2.28 at most, and brings its C++ library. `pock-run` is dynamic here: zig has no static glibc.
+WHEEL_TAG := py3-none-manylinux_2_28_aarch64
+ZIG_TOOLCHAIN = $(BIN)/python -c 'from pockc.targets import devices; from pockc.targets.native import toolchain; \
+  print(toolchain.for_device(devices.find("rpi4"), "zig", library=True).file)'
+
+wheel-aarch64: setup qemu ## Make the Python wheel for 64-bit ARM Linux with zig, in dist/, and test its library under emulation
+	$(BIN)/python -m pip wheel . --quiet --no-deps --wheel-dir dist -C wheel.tags=$(WHEEL_TAG) -C build-dir=build/$(WHEEL_TAG) \
+	  -C cmake.define.CMAKE_TOOLCHAIN_FILE=$$($(ZIG_TOOLCHAIN)) -C cmake.define.POCKC_STATIC_LINK=OFF \
+	  -C cmake.define.CMAKE_SHARED_LINKER_FLAGS=-s -C cmake.define.CMAKE_EXE_LINKER_FLAGS=-s -C install.strip=false
+	POCKC_CROSS=aarch64,wheel $(BIN)/python -m pytest $(PYTEST_ARGS) tests/cross/test_wheel.py
 
 FUZZ_SECONDS ?= 600
 
