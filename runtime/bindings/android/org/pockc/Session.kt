@@ -54,7 +54,7 @@ class Session(model: File, threads: Int = 1) : Closeable {
     fun run(entry: String, inputs: Map<String, ByteBuffer>, outputs: Map<String, ByteBuffer>) = Native.run(
         live(), entry,
         inputs.keys.toTypedArray(), inputs.values.toTypedArray(),
-        outputs.keys.toTypedArray(), outputs.values.toTypedArray(),
+        outputs.keys.toTypedArray(), outputs.values.toTypedArray()
     )
 
     /** A checkpoint, written whole or not at all. `cursor` is JSON of your own, given back by [load]. */
