@@ -13,13 +13,12 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import emulation
 from pockc.build import build
 from pockc.optim import SGD
 from pockc.targets import devices
 from pockc.targets.native import toolchain
 from tests.cross.boards import MACHINES, WANTED, elf_machine, need
-from tests.cross.dynamic import SYSROOT, need_sysroot
+from tests.cross.dynamic import RUNTIME, compile_demo, need_sysroot, run_demo
 
 pytestmark = [pytest.mark.torch, pytest.mark.native]
 
@@ -38,7 +37,7 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_wheel_has_the_compiler_and_binaries_for_the_board(unpacked: Path) -> None:
-    for name in ("libpockrt.so", "pock-run"):
+    for name in ("libpockrt.so", "pock-run", "pock-run-onnxruntime"):
         assert elf_machine((unpacked / "pockc" / "_lib" / name).read_bytes()) == MACHINES["aarch64"]
     for name in ("pockc/cli.py", "pockc/passes/dce.py", "pockc/_runtime/CMakeLists.txt"):
         assert (unpacked / name).is_file()
@@ -60,18 +59,14 @@ def test_library_of_the_wheel_trains_under_emulation(unpacked: Path, tmp_path: P
     need("aarch64")
     need_sysroot()
     torch.manual_seed(0)
-    model, demo = tmp_path / "model.pock", tmp_path / "demo"
+    model = tmp_path / "model.pock"
     build(nn.Sequential(nn.Linear(4, 3)).eval(), (torch.randn(2, 4),), optimizer=SGD(lr=0.1)).save(model)
     library = unpacked / "pockc" / "_lib" / "libpockrt.so"
     compiler = toolchain.for_device(devices.find("rpi4"), "zig", library=True).file.parent / "cc"
-    target = ["-target", f"aarch64-linux-gnu.{toolchain.GLIBC}"]
-    source, include = ROOT / "runtime" / "bindings" / "demo.c", ROOT / "runtime" / "include"
-    command = [compiler, *target, source, library, f"-I{include}", f"-Wl,-rpath,{library.parent}", "-o", demo]
-    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    target = ("-target", f"aarch64-linux-gnu.{toolchain.GLIBC}")
+    demo = compile_demo(tmp_path, library, RUNTIME / "include", str(compiler), *target)
 
-    before = (*emulation.emulated("aarch64", "cortex-a72"), "-L", str(SYSROOT))
-    printed = emulation.run(demo, [model, tmp_path / "tuned.ckpt"], before)
+    losses = run_demo(demo, model)
 
-    losses = [float(line.split()[-1]) for line in printed.splitlines() if line.startswith("step ")]
     assert len(losses) == 6 and losses == sorted(losses, reverse=True)
     assert (tmp_path / "tuned.ckpt").is_file()
