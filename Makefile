@@ -133,9 +133,10 @@ wheel-aarch64: setup qemu ## Make the Python wheel for 64-bit ARM Linux with zig
 	POCKC_CROSS=aarch64,wheel $(BIN)/python -m pytest $(PYTEST_ARGS) tests/cross/test_wheel.py
 
 FUZZ_SECONDS ?= 600
+FUZZ_WITH ?= libfuzzer
 
-fuzz: asan ## Feed changed programs, checkpoints and archives to the readers for ten minutes (FUZZ_SECONDS)
-	sh runtime/fuzz/run.sh $(FUZZ_SECONDS) $(BIN)/python $(CURDIR)/$(BIN)/cmake $(CURDIR)/$(BIN)/ninja
+fuzz: asan ## Feed changed programs, checkpoints and archives to the readers for ten minutes (FUZZ_SECONDS; FUZZ_WITH=driver: no Clang)
+	sh runtime/fuzz/run.sh $(FUZZ_SECONDS) $(BIN)/python $(CURDIR)/$(BIN)/cmake $(CURDIR)/$(BIN)/ninja $(FUZZ_WITH)
 
 demo: data ## Fine-tune a real model on real data with four schemes, and compare them
 	$(BIN)/python -m benchmarks.demo
