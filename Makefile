@@ -23,11 +23,11 @@ RUN_CPP_TESTS = $(BIN)/ctest --test-dir $(ASAN_DIR) --output-on-failure --no-tes
 RUN_PYTHON_TESTS = $(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 # One thread per test process: pytest runs as many processes as there are cores.
-test test-python test-page test-cross update-golden: export OMP_NUM_THREADS = 1
+test test-python test-page test-cross test-cross-onnx test-toolchains test-jni wheel-aarch64 update-golden: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup runtime asan data lint test fuzz test-cpp test-python test-page qemu test-cross demo verify-zoo verify-edge verify-onnx bench-memory peers bench-speed bench-all bench-kernels bench-ablate bench-instructions sweep update-golden clean distclean
+.PHONY: help setup runtime asan data lint test fuzz test-cpp test-python test-page qemu test-cross test-cross-onnx test-toolchains test-jni wheel-aarch64 demo verify-zoo verify-edge verify-onnx bench-memory peers bench-speed bench-all bench-kernels bench-ablate bench-instructions sweep update-golden clean distclean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{ printf "  make %-19s %s\n", $$1, $$2 }'
@@ -93,10 +93,50 @@ CROSS ?= aarch64,armv7l,riscv64
 test-cross: setup qemu ## Cross-compile for other processors and test under emulation: CROSS=aarch64 for one of them
 	POCKC_CROSS=$(CROSS) $(BIN)/python -m pytest $(PYTEST_ARGS) tests/cross tests/test_deploy.py
 
-FUZZ_SECONDS ?= 600
+# `make test` has the same test where a JDK is installed already.
+test-jni: setup ## Test the Android binding in a JVM, installed with apt-get where that is permitted
+	command -v javac || apt-get install --yes --no-install-recommends default-jdk-headless \
+	  || echo "Cannot install default-jdk-headless here: the test of the binding is skipped."
+	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/native/test_jni.py
 
-fuzz: asan ## Feed changed programs, checkpoints and archives to the readers for ten minutes (FUZZ_SECONDS)
-	sh runtime/fuzz/run.sh $(FUZZ_SECONDS) $(BIN)/python $(CURDIR)/$(BIN)/cmake $(CURDIR)/$(BIN)/ninja
+# Dynamically linked programs under emulation need the board's C library.
+SYSROOT_PACKAGES := libc6-arm64-cross libstdc++6-arm64-cross
+define GET_SYSROOT
+test -e /usr/aarch64-linux-gnu/lib/libstdc++.so.6 || apt-get install --yes --no-install-recommends $(SYSROOT_PACKAGES) \
+  || echo "Cannot install $(SYSROOT_PACKAGES) here: what needs them is skipped."
+endef
+ONNXRUNTIME := $(shell sed -n 's/.*"\(onnxruntime==[^"]*\)".*/\1/p' pyproject.toml)
+
+test-cross-onnx: setup qemu ## Test the driver for ONNX Runtime on 64-bit ARM, with the library of the pip package, by emulation
+	$(GET_SYSROOT)
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version 311 \
+	  --platform manylinux_2_28_aarch64 --dest .cache/onnxruntime-aarch64 $(ONNXRUNTIME) \
+	  || echo "Cannot download $(ONNXRUNTIME) for aarch64 here: what needs it is skipped."
+	POCKC_CROSS=aarch64,onnxruntime $(BIN)/python -m pytest $(PYTEST_ARGS) tests/cross/test_onnxruntime.py
+
+test-toolchains: setup qemu ## Cross-compile with Debian's g++ through a toolchain file, and libraries with zig; run them by emulation
+	command -v aarch64-linux-gnu-g++ || apt-get install --yes --no-install-recommends g++-aarch64-linux-gnu \
+	  || echo "Cannot install g++-aarch64-linux-gnu here: what needs it is skipped."
+	$(GET_SYSROOT)
+	POCKC_CROSS=aarch64,toolchains $(BIN)/python -m pytest $(PYTEST_ARGS) tests/cross/test_toolchains.py
+
+# The library needs glibc 2.28 at most, and brings its C++ library. `pock-run` is dynamic here: zig has no static glibc.
+WHEEL_TAG := py3-none-manylinux_2_28_aarch64
+ZIG_TOOLCHAIN = $(BIN)/python -c 'from pockc.targets import devices; from pockc.targets.native import toolchain; \
+  print(toolchain.for_device(devices.find("rpi4"), "zig", library=True).file)'
+
+wheel-aarch64: setup qemu ## Make the Python wheel for 64-bit ARM Linux with zig, in dist/, and test its library under emulation
+	$(GET_SYSROOT)
+	$(BIN)/python -m pip wheel . --quiet --no-deps --wheel-dir dist -C wheel.tags=$(WHEEL_TAG) -C build-dir=build/wheels/$(WHEEL_TAG) \
+	  -C cmake.define.CMAKE_TOOLCHAIN_FILE=$$($(ZIG_TOOLCHAIN)) -C cmake.define.POCKC_STATIC_LINK=OFF \
+	  -C cmake.define.CMAKE_SHARED_LINKER_FLAGS=-s -C cmake.define.CMAKE_EXE_LINKER_FLAGS=-s -C install.strip=false
+	POCKC_CROSS=aarch64,wheel $(BIN)/python -m pytest $(PYTEST_ARGS) tests/cross/test_wheel.py
+
+FUZZ_SECONDS ?= 600
+FUZZ_WITH ?= libfuzzer
+
+fuzz: asan ## Feed changed programs, checkpoints and archives to the readers for ten minutes (FUZZ_SECONDS; FUZZ_WITH=driver: no Clang)
+	sh runtime/fuzz/run.sh $(FUZZ_SECONDS) $(BIN)/python $(CURDIR)/$(BIN)/cmake $(CURDIR)/$(BIN)/ninja $(FUZZ_WITH)
 
 demo: data ## Fine-tune a real model on real data with four schemes, and compare them
 	$(BIN)/python -m benchmarks.demo
@@ -110,8 +150,9 @@ verify-onnx: setup ## Compare models for ONNX Runtime with PyTorch: trajectories
 verify-edge: setup qemu ## Train three models for five processor cores under emulation, against this machine: a table
 	$(BIN)/python -m benchmarks.verify_edge
 
-bench-instructions: setup qemu ## Count the instructions of a step on 64-bit ARM, sparse against full, by emulation
+bench-instructions: setup qemu ## Count the instructions of a step on 64-bit ARM by emulation: sparse against full, int8 with dot products
 	$(BIN)/python -m benchmarks.instruction_counts
+	$(BIN)/python -m benchmarks.instruction_counts_int8
 
 # Everything that is measured is made from random weights: no data is needed.
 bench-memory: setup ## Compare the memory of training with PyTorch's: tables, JSON, a picture

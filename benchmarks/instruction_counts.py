@@ -92,16 +92,21 @@ def of_step(scheme: str, image_size: int, folder: Path, plugin: Path) -> dict[st
     """Executed instructions of one training step, by class."""
     model, inputs = zoo.mobilenet_v2(batch_size=1, image_size=image_size)
     program = pockc.build(model, inputs, scheme=scheme, device="rpi4", entries=("train_step",))
+    return of_program(program, folder, plugin)
+
+
+def of_program(program: pockc.Program, folder: Path, plugin: Path, core: str = "cortex-a72") -> dict[str, float]:
+    """Executed instructions of one step of a program, by class."""
     program.save(folder / "model.pock")
     deliver(program, devices.find("rpi4"), folder, "zig")
-    few, more = (count(folder, plugin, steps) for steps in (_FEW, _MORE))
+    few, more = (count(folder, plugin, steps, core) for steps in (_FEW, _MORE))
     return {name: (more[name] - few[name]) / (_MORE - _FEW) for name in few}
 
 
-def count(folder: Path, plugin: Path, steps: int) -> dict[str, int]:
+def count(folder: Path, plugin: Path, steps: int, core: str = "cortex-a72") -> dict[str, int]:
     """Instructions by class of a whole `pock-run bench`."""
     log = folder / "counts.txt"
-    before = [*emulation.emulated("aarch64", "cortex-a72"), "-plugin", str(plugin), "-d", "plugin", "-D", str(log)]
+    before = [*emulation.emulated("aarch64", core), "-plugin", str(plugin), "-d", "plugin", "-D", str(log)]
     emulation.run(folder / "pock-run", ["bench", folder / "model.pock", "--steps", steps], before)
     return {name: int(number) for name, number in re.findall(r"^count (\w+) (\d+)$", log.read_text(), re.MULTILINE)}
 

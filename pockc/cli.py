@@ -18,7 +18,6 @@ from pockc.artifact_writer import write_atomically
 from pockc.cli_options import BUILT_FROM, FUNCTION, Choices, record, with_choices
 from pockc.errors import InternalError, UserError
 from pockc.targets import devices
-from pockc.targets import find as find_target
 
 app = typer.Typer(
     help="Compile PyTorch models into sparse fine-tuning programs that run on small devices without Python.",
@@ -67,17 +66,16 @@ def build(
     console = Console()
     from pockc.inspect import print_summary
 
-    if program.target != "native":
-        files = find_target(program.target).emit(program, output)
-        print_summary(console, metadata)
-        for file in files:
-            _say_written(console, file)
-        return
     file = output / "model.pock"
     examples = named_arrays(arguments["model"], arguments["example_inputs"]) if selftest else None
     program.save(file, golden=examples)
-    print_summary(console, {**metadata, "memory": program.memory.as_json()})
-    _say_written(console, file)
+    if program.target == "native":
+        print_summary(console, {**metadata, "memory": program.memory.as_json()})
+        _say_written(console, file)
+    else:
+        print_summary(console, metadata)
+        for written in (file, *(output / f"{entry}.onnx" for entry in program.entries)):
+            _say_written(console, written)
     _deliver(console, program, board, output, toolchain, library)
 
 
@@ -89,10 +87,14 @@ def _deliver(
     console: Console, program: pockc.Program, board: devices.Device, output: Path, toolchain: str | None, library: bool
 ) -> None:
     """Put `pock-run` and what else the board needs beside the program, or say why it is not there."""
-    from pockc.targets.native import deliver
+    from pockc.targets import native
+    from pockc.targets.onnxruntime import delivery
 
     try:
-        delivered = deliver(program, board, output, toolchain, library=library)
+        if program.target == "onnxruntime":
+            delivered = delivery.deliver(program, board, output, toolchain)
+        else:
+            delivered = native.deliver(program, board, output, toolchain, library=library)
     except UserError as error:
         if toolchain is not None or library:
             raise

@@ -11,13 +11,12 @@ import numpy as np
 from safetensors.numpy import save as save_bytes
 
 from pockc.artifact import Call, Entry, read
-from pockc.artifact_writer import write
 from pockc.errors import UserError
 from pockc.ir import Array
 from pockc.losses import LOSSES
 from pockc.parity import batches
 from pockc.program import Program
-from pockc.session import Session
+from pockc.session import Session, open_session
 
 ENTRIES = ("train_step", "eval_step", "infer")  # in the order in which they get room
 MAX_BYTES = 16 << 20  # of all vectors: a self-test must not outgrow the weights
@@ -29,7 +28,7 @@ def golden_vectors(program: Program, examples: Mapping[str, Any], seed: int = 0)
     """The GOLDEN section: what each entry makes of one seeded batch, alone, from the initial states.
 
     The expected outputs come from the reference kernels, so that no fast kernel is its own judge; for entries that
-    would take those minutes, they come from the fast kernels of this machine.
+    would take those minutes, they come from the fast kernels of this machine, and for another target from its library.
 
     Args:
         program: What to run.
@@ -44,7 +43,7 @@ def golden_vectors(program: Program, examples: Mapping[str, Any], seed: int = 0)
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "model.pock")
-        write(program, file)
+        program.save(file)
         entries = read(file).entries
         loss = program.metadata.get("loss")
         arrays = {name: np.asarray(value) for name, value in examples.items()}
@@ -55,7 +54,7 @@ def golden_vectors(program: Program, examples: Mapping[str, Any], seed: int = 0)
                 continue
             inputs = _inputs(name, entries[name], batch)
             if sum(array.nbytes for array in (*vectors.values(), *inputs.values())) <= MAX_BYTES:
-                vectors |= _vectors(file, program.max_threads, name, entries[name], inputs)
+                vectors |= _vectors(program, file, name, entries[name], inputs)
     return save_bytes(vectors) if vectors else b""
 
 
@@ -65,10 +64,11 @@ def _inputs(name: str, entry: Entry, batch: Mapping[str, Array]) -> dict[str, Ar
     return {key: batch[key] for key in entry.inputs}
 
 
-def _vectors(file: Path, threads: int, name: str, entry: Entry, inputs: Mapping[str, Array]) -> dict[str, Array]:
+def _vectors(program: Program, file: Path, name: str, entry: Entry, inputs: Mapping[str, Array]) -> dict[str, Array]:
     """Inputs and outputs of one entry as the self-test looks for them; none where no output is worth keeping."""
     plain = sum(map(_work, entry.calls)) <= MAX_REFERENCE_WORK
-    with Session(file, threads, reference_kernels=plain) as session:
+    native, threads = program.target == "native", program.max_threads
+    with Session(file, threads, reference_kernels=plain) if native else open_session(file, threads) as session:
         outputs = session.run(name, **inputs)
     kept = {key: array for key, array in outputs.items() if array.nbytes <= MAX_OUTPUT_BYTES}
     if not kept:

@@ -40,15 +40,16 @@ class Program:
             golden: Example inputs by name. If given, the file also holds inputs like them with the outputs that each
                 entry must make of them, for ``pock-run selftest``. That runs each entry once.
         """
-        if self.target == "onnxruntime":
-            from pockc.targets.onnxruntime.container import write_models  # it depends on the program too
-
-            write_models(self, Path(path))
-            return
         from pockc.artifact import write  # the writer depends on the program, not the program on the writer
         from pockc.golden import golden_vectors
 
-        write(self, path, golden=golden_vectors(self, golden) if golden is not None else b"")
+        vectors = golden_vectors(self, golden) if golden is not None else b""
+        if self.target == "onnxruntime":
+            from pockc.targets.onnxruntime.container import write_models
+
+            write_models(self, Path(path), vectors)
+        else:
+            write(self, path, golden=vectors)
 
     def text(self, entry: str = "train_step") -> str:
         """The text IR of one entry."""

@@ -6,6 +6,9 @@
 #if defined(__aarch64__) || defined(__arm__)
 #define POCKC_HAS_NEON 1
 #endif
+#if defined(POCKC_HAS_DOTPROD) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 
 // kernels.inc ends by undefining its macros: each inclusion is preceded by the one meaning that it shall
 // have.
@@ -25,6 +28,12 @@ namespace pockc::simd_neon {
 #define POCKC_SIMD POCKC_DECLARE_SIMD
 #include "kernels.inc"
 }  // namespace pockc::simd_neon
+#if defined(POCKC_HAS_DOTPROD)
+namespace pockc::simd_dotprod {
+#define POCKC_DOTPROD POCKC_DECLARE_SIMD
+#include "kernels.inc"
+}  // namespace pockc::simd_dotprod
+#endif
 #else
 namespace pockc::simd_baseline {
 #define POCKC_SIMD POCKC_DECLARE_SIMD
@@ -57,6 +66,13 @@ constexpr KernelEntry kNeon[] = {
 #define POCKC_SIMD(op) {#op, "simd-neon", nullptr, simd_neon::accepts_##op, simd_neon::run_##op},
 #include "kernels.inc"
     kEnd};
+#if defined(POCKC_HAS_DOTPROD)
+constexpr KernelEntry kDotprod[] = {
+#define POCKC_DOTPROD(op) \
+  {#op, "simd-neon-dotprod", nullptr, simd_dotprod::accepts_##op, simd_dotprod::run_##op},
+#include "kernels.inc"
+    kEnd};
+#endif
 #else
 constexpr KernelEntry kBaseline[] = {
 #define POCKC_SIMD(op) {#op, "simd-baseline", nullptr, simd_baseline::accepts_##op, simd_baseline::run_##op},
@@ -77,10 +93,21 @@ constexpr KernelEntry kAvx512[] = {
 struct InstructionSet {
   const char* name;
   const KernelEntry* table;
+  const KernelEntry* rest;  // of a set that adds to another: what the table lacks is there
   bool (*runs_here)();
 };
 
 bool always() { return true; }
+#if defined(POCKC_HAS_DOTPROD)
+bool has_dotprod() {
+#if defined(__linux__)
+  constexpr unsigned long kDotProducts = 1ul << 20;  // HWCAP_ASIMDDP
+  return (getauxval(AT_HWCAP) & kDotProducts) != 0;
+#else
+  return false;
+#endif
+}
+#endif
 #if defined(__x86_64__)
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 bool has_avx512() {
@@ -92,13 +119,16 @@ bool has_avx512() {
 // Best first.
 constexpr InstructionSet kInstructionSets[] = {
 #if defined(__x86_64__)
-    {"avx512", kAvx512, has_avx512},
-    {"avx2", kAvx2, has_avx2},
+    {"avx512", kAvx512, nullptr, has_avx512},
+    {"avx2", kAvx2, nullptr, has_avx2},
+#endif
+#if defined(POCKC_HAS_DOTPROD)
+    {"neon-dotprod", kDotprod, kNeon, has_dotprod},
 #endif
 #if defined(POCKC_HAS_NEON)
-    {"neon", kNeon, always},
+    {"neon", kNeon, nullptr, always},
 #else
-    {"baseline", kBaseline, always},
+    {"baseline", kBaseline, nullptr, always},
 #endif
 };
 
@@ -130,7 +160,9 @@ const KernelEntry* find_reference(const char* op) {
 
 const KernelEntry* find_simd(const char* op, const char* isa) {
   const InstructionSet* set = find_instruction_set(isa);
-  return set == nullptr ? nullptr : find(set->table, op);
+  if (set == nullptr) return nullptr;
+  const KernelEntry* found = find(set->table, op);
+  return found == nullptr && set->rest != nullptr ? find(set->rest, op) : found;
 }
 
 const KernelEntry* find_simd(const char* op) { return find_simd(op, nullptr); }

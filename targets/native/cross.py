@@ -56,13 +56,21 @@ def build_library(device: Device, folder: Path, choice: str | None = None) -> li
     return files + [_deliver(sources / name, folder / "include" / "pockc" / Path(name).name) for name in HEADERS]
 
 
+def build_onnxruntime_runner(device: Device, folder: Path, choice: str | None = None) -> Path:
+    """Compile ``pock-run-onnxruntime``; it is dynamic, for it loads ONNX Runtime's library."""
+    tools = toolchain.for_device(device, choice, library=True)
+    with _build_tree(tools) as tree:
+        _compile(tree, tools, ["pock-run-onnxruntime"])
+        return _deliver(tree / "pock-run-onnxruntime", folder / "pock-run-onnxruntime")
+
+
 def kernel_list(program: Program) -> str:
     """A kernels.inc with the kernels of a program."""
     used = {node.op for graph in program.entries.values() for node in graph.nodes}
     complete = (toolchain.runtime_sources() / "kernels" / "kernels.inc").read_text()
 
     def keep(line: str) -> bool:
-        entry = re.match(r"POCKC_(?:REF|SIMD)\((\w+)\)", line)
+        entry = re.match(r"POCKC_(?:REF|SIMD|DOTPROD)\((\w+)\)", line)
         return entry is None or entry[1] in used
 
     return "".join(line for line in complete.splitlines(keepends=True) if keep(line))
@@ -90,6 +98,7 @@ def _compile(tree: Path, tools: Toolchain, targets: Sequence[str]) -> None:
                 "CMAKE_BUILD_TYPE": "Release",
                 "CMAKE_TOOLCHAIN_FILE": tools.file,
                 "POCKC_BUILD_TESTS": "OFF",
+                "POCKC_ONNXRUNTIME": "ON",
                 "POCKC_KERNELS_DIR": tree / "program",
             }
             definitions = [f"-D{name}={value}" for name, value in options.items()]

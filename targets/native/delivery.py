@@ -39,9 +39,9 @@ def deliver(
     return files + (cross.build_library(device, folder, toolchain) if library else [])
 
 
-def copy_runner(folder: Path) -> Path:
-    """Copy the installed `pock-run` into a folder. Raises UserError where there is none, or it cannot be written."""
-    source, target = runtime_file("pock-run"), folder / "pock-run"
+def copy_runner(folder: Path, name: str = "pock-run") -> Path:
+    """Copy an installed program into a folder. Raises UserError where there is none, or it cannot be written."""
+    source, target = runtime_file(name), folder / name
     try:
         target.unlink(missing_ok=True)  # one that is running may be replaced, but not written to
         shutil.copy2(source, target)

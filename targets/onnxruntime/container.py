@@ -26,8 +26,10 @@ HASH = "pockc.model_hash"  # the property of a model that tells its .pock from o
 SMALLEST_EXTERNAL = 1024  # bytes of an initializer that does not go into the model itself
 
 
-def write_models(program: Program, path: Path) -> list[Path]:
+def write_models(program: Program, path: Path, golden: bytes = b"") -> list[Path]:
     """Write the .pock to ``path`` and ``<entry>.onnx`` beside it; returns all files, the .pock first.
+
+    ``golden`` are the contents of the optional GOLDEN section.
 
     Raises:
         UserError: the package `onnx` is not installed, or the system refuses the write.
@@ -40,7 +42,7 @@ def write_models(program: Program, path: Path) -> list[Path]:
         ) from None
     entries = {name: make_entry(name, graph, program.state_offset) for name, graph in program.entries.items()}
     tables = ModelTables(program, entries)
-    start = write_tables(tables, path, {**program.metadata, "target": program.target})
+    start = write_tables(tables, path, {**program.metadata, "target": program.target}, golden)
     model_hash = read(path).model_hash
 
     def offset_of(array: Array) -> int | None:

@@ -6,9 +6,7 @@ for the architectures that POCKC_CROSS names.
 
 from __future__ import annotations
 
-import os
 import platform
-import struct
 import subprocess
 import time
 from dataclasses import dataclass
@@ -25,13 +23,12 @@ from pockc.build import build
 from pockc.optim import AdamW
 from pockc.program import Program
 from pockc.targets import devices
-from pockc.targets.native import cross, deliver, toolchain
+from pockc.targets.native import cross, deliver
+from tests.cross.boards import MACHINES, elf_machine, need, segments
 
 pytestmark = [pytest.mark.torch, pytest.mark.native, pytest.mark.timeout(3600)]
 
-WANTED = os.environ.get("POCKC_CROSS", "").replace(",", " ").split()
 LOSS_TOLERANCE = 1e-5
-MACHINES = {"x86_64": 62, "aarch64": 183, "armv7l": 40, "riscv64": 243}  # e_machine of ELF
 
 
 class Mixed(nn.Module):
@@ -77,16 +74,6 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     program.save(file, golden=examples)
     emulation.write_batch(program, examples, data)
     return Case(program, file, data, emulation.train(emulation.native_runner(), file, data, folder))
-
-
-def need(architecture: str) -> None:
-    """Skip, with the reason, what cannot be run here."""
-    if architecture not in WANTED:
-        pytest.skip(f"POCKC_CROSS does not name {architecture}: `make test-cross` does")
-    if not toolchain.has_zig():
-        pytest.skip("zig is not installed: pip install 'pockc[cross]'")
-    if reason := emulation.missing(architecture):
-        pytest.skip(reason)
 
 
 @pytest.fixture(scope="module")
@@ -227,21 +214,3 @@ def test_x86_without_fused_multiply_add_is_within_rounding(case: Case, tmp_path:
 def test_program_for_one_board_is_the_same_file_for_all(case: Case) -> None:
     assert read(case.file).metadata["device"] == "rpi4"  # and yet this machine has trained it
     assert len(case.expected.losses) == emulation.STEPS
-
-
-def elf_machine(content: bytes) -> int:
-    assert content[:4] == b"\x7fELF"
-    return int(struct.unpack_from("<H", content, 18)[0])
-
-
-def segments(content: bytes) -> list[tuple[int, int]]:
-    """Type and alignment of each program header."""
-    wide = content[4] == 2
-    offset = struct.unpack_from("<Q", content, 32)[0] if wide else struct.unpack_from("<I", content, 28)[0]
-    size, count = struct.unpack_from("<HH", content, 54 if wide else 42)
-    at = 48 if wide else 28
-    field = "<Q" if wide else "<I"
-    return [
-        (struct.unpack_from("<I", content, start)[0], struct.unpack_from(field, content, start + at)[0])
-        for start in range(offset, offset + size * count, size)
-    ]

@@ -120,7 +120,8 @@ class ThreadPool {
 // What a program's calls are bound to at load.
 struct KernelEntry {
   const char* op;
-  const char* provider;     // "ref", "simd-baseline", "simd-avx2", "simd-avx512", "simd-neon"
+  const char*
+      provider;  // "ref", "simd-baseline", "simd-avx2", "simd-avx512", "simd-neon", "simd-neon-dotprod"
   CheckFunction check;      // ref only
   AcceptsFunction accepts;  // null for ref
   RunFunction run;

@@ -61,10 +61,23 @@ POCKC_INLINE vi pair_products(vi a, vi b) {
   return reinterpret_cast<vi>(_mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
 #elif defined(__x86_64__)
   return reinterpret_cast<vi>(_mm_madd_epi16(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
+#elif defined(__aarch64__)
+  const int16x8_t x = reinterpret_cast<int16x8_t>(a), y = reinterpret_cast<int16x8_t>(b);
+  const int32x4_t low = vmull_s16(vget_low_s16(x), vget_low_s16(y)), high = vmull_high_s16(x, y);
+  return reinterpret_cast<vi>(vpaddq_s32(low, high));
 #else
   const vi low_a = reinterpret_cast<vi>(reinterpret_cast<vu>(a) << 16) >> 16;
   const vi low_b = reinterpret_cast<vi>(reinterpret_cast<vu>(b) << 16) >> 16;
   return low_a * low_b + (a >> 16) * (b >> 16);
+#endif
+}
+
+// Each lane holds one number of 16 bits, in `b` without a sign: their products.
+POCKC_INLINE vi products(vi a, vi b) {
+#if defined(__x86_64__)
+  return pair_products(a, b);  // the upper halves of b are 0; there are no, or only slow, products of 32 bits
+#else
+  return a * b;
 #endif
 }
 

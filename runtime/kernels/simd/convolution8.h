@@ -1,0 +1,54 @@
+// What the ways to compute conv2d_int8 share: the operands, the runs of inputs that belong to an output
+// pixel, and what becomes of a sum.
+#ifndef POCKC_SIMD_CONVOLUTION8_H_
+#define POCKC_SIMD_CONVOLUTION8_H_
+
+#include "simd/codes.h"
+#include "simd/convolution.h"
+
+namespace pockc {
+namespace POCKC_SIMD_NAMESPACE {
+namespace {
+
+constexpr int kDepth = 512;  // inputs of a tile's pixel that are gathered at once
+
+struct Job {
+  Convolution c;
+  const uint8_t* x;
+  const uint8_t* w;
+  const float* factor;
+  const float* offset;
+  uint8_t* y;
+  int32_t zero;
+  vf low, high;
+};
+
+POCKC_INLINE void finish(const Job& job, vi sum, int64_t pixel, int64_t o, int64_t valid) {
+  const vf scaled = to_float(sum) * load_n(job.factor + o, valid) + load_n(job.offset + o, valid);
+  narrow(job.y + pixel * job.c.out_channels + o, to_codes(scaled, job.low, job.high), valid);
+}
+
+// Calls f(x, count) for the inputs that belong to rows [begin, end) of the weights, in that order: `count` of
+// them lie at x, or outside of the image where x is null.
+template <typename F>
+POCKC_INLINE void for_runs(const Job& job, int64_t pixel, int64_t begin, int64_t end, F&& f) {
+  const Convolution& c = job.c;
+  const int64_t row = pixel / c.out_width, j = pixel - row * c.out_width;
+  const int64_t image = row / c.out_height, i = row - image * c.out_height;
+  for (int64_t k = begin; k < end;) {
+    const int64_t tap = k / c.channels, from = k - tap * c.channels;
+    const int64_t count = minimum(end - k, c.channels - from);
+    const int64_t r = tap / c.kernel_w, s = tap - r * c.kernel_w;
+    const int64_t h = i * c.stride[0] - c.padding[0] + r * c.dilation[0];
+    const int64_t v = j * c.stride[1] - c.padding[2] + s * c.dilation[1];
+    const bool inside = h >= 0 && h < c.height && v >= 0 && v < c.width;
+    f(inside ? job.x + ((image * c.height + h) * c.width + v) * c.channels + from : nullptr, count);
+    k += count;
+  }
+}
+
+}  // namespace
+}  // namespace POCKC_SIMD_NAMESPACE
+}  // namespace pockc
+
+#endif  // POCKC_SIMD_CONVOLUTION8_H_
