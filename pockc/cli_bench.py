@@ -18,9 +18,10 @@ from pockc.artifact import read
 from pockc.build import build
 from pockc.cli_options import Choices, recorded
 from pockc.errors import UserError
-from pockc.inspect import print_ablation, print_measurement
+from pockc.inspect import print_ablation, print_measurement, print_tuning
 from pockc.targets import devices
-from pockc.targets.devices import DEFAULT
+from pockc.targets.devices import DEFAULT, Device
+from pockc.tune import tune as run_tune
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ class Source:
 
     program: Path | None
     choices: Choices
-    device: str
+    device: Device
 
     @property
     def name(self) -> str:
@@ -45,16 +46,17 @@ class Source:
         return {**choices.arguments(scheme), "device": devices.recorded(metadata)}
 
 
-def source_of(choices: Choices, device: str) -> Source:
+def source_of(choices: Choices, device: str, tuning: Path | None = None) -> Source:
     """The source that the command line names. Raises UserError where a program is given options of a build."""
     if ":" in choices.model:
-        return Source(None, choices, device)
-    if unused := [*choices.changed(), *(["--device"] if device != DEFAULT else [])]:
+        return Source(None, choices, devices.tuned(devices.find(device), tuning))
+    given = {"--device": device != DEFAULT, "--tuning": tuning is not None}
+    if unused := [*choices.changed(), *(name for name, is_given in given.items() if is_given)]:
         raise UserError(
             f"{choices.model} is built already, so {unused[0]} has no effect",
             instead="Drop the option, or name the model as file.py:function.",
         )
-    return Source(Path(choices.model), choices, device)
+    return Source(Path(choices.model), choices, devices.find(device))
 
 
 def measure(source: Source, console: Console, entry: str, steps: int, threads: int) -> Mapping[str, Any]:
@@ -83,3 +85,13 @@ def ablate(source: Source, console: Console, entry: str, steps: int, threads: in
         what = f"built again, {source.program} is another program (pockc changed, or modules that its model imports)"
         console.print(Text(f"Note: {what}: the table is about the new one.", style="yellow"), soft_wrap=True)
     return {"program": source.name, **ablation.as_json()}
+
+
+def tune(arguments: Mapping[str, Any], device: Device, console: Console, seconds: float, output: Path) -> None:
+    """Measure the candidates of a model's calls, write the table and print it."""
+    errors = Console(stderr=True)
+    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
+        table = run_tune(arguments, device, seconds, progress)
+    table.save(output)
+    print_tuning(console, table)
+    console.print(f"Wrote {output}", soft_wrap=True, highlight=False)

@@ -25,6 +25,7 @@ from pockc.passes import (
     fold_batchnorm,
     fuse,
     layout,
+    place,
     quantize_frozen,
     quantize_prefix,
     reorder,
@@ -106,6 +107,7 @@ LOWER: tuple[Pass, ...] = (
     Pass("tile-channels", tile_channels.run, "lowered", optional=True),  # of fused products, while each is there once
     Pass("split-prefix", split_prefix.run, "lowered", optional=True),  # after the last pass that adds readers
     Pass("reorder", reorder.run, "lowered", reducible=True),
+    Pass("place", place.run, "lowered", reducible=True),  # asks what memory the order leaves for scratch
 )
 
 # For ONNX Runtime, which orders nodes, fuses elementwise chains and plans memory by itself. Unsupported nodes are
@@ -123,7 +125,7 @@ TOGETHER: tuple[ProgramPass, ...] = (ProgramPass("quantize-frozen", quantize_fro
 def switches() -> tuple[str, ...]:
     """The names that `Recipe.disabled` knows, in the order in which the passes run."""
     passes = (*COMMON, *TRAIN, *ACCUMULATE, *EVAL, *INFER, *LOWER)
-    return tuple(dict.fromkeys(step.name for step in passes if step.optional or step.reducible))
+    return (*dict.fromkeys(step.name for step in passes if step.optional or step.reducible), *place.KERNELS)
 
 
 @dataclass(slots=True)
