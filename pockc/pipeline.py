@@ -70,7 +70,7 @@ class ProgramPass:
 COMMON: tuple[Pass, ...] = (
     Pass("canonicalize", canonicalize.run, "imported"),  # one spelling of everything, before patterns are matched
     Pass("fold", fold.run, "imported"),  # masks and tables of the frontend become constants
-    Pass("layout", layout.run, "imported"),  # channels-last throughout; needs canonical transposes
+    Pass("layout", layout.run, "imported", optional=True),  # channels-last throughout; needs canonical transposes
     Pass("canonicalize", canonicalize.run, "imported"),  # pads meet their convolution once transposes are gone
     Pass("fold-batchnorm", fold_batchnorm.run, "imported", optional=True),  # wants conv -> mul, channels last
     Pass("fold", fold.run, "imported"),  # the folded scales and shifts of frozen parameters
