@@ -22,9 +22,10 @@ _GEMM_PADDING = 16  # floats between copied rows
 _DEPTHWISE_UNITS = 4  # separately summed parts of a depthwise weight gradient
 _NORM_UNITS = 4  # separately summed parts of a normalisation's gamma gradient
 _SCORE_FLOATS = 32768  # of a block of attention scores, where sequences are long
-_WINOGRAD_FLOATS = 128 * 1024  # most of transformed inputs, and of transformed weights
-_WINOGRAD_TILES = 64  # at a time, at least
-_WINOGRAD_COLUMNS = 48  # at a time, at least
+_WINOGRAD_INPUTS = 64 * 1024  # most floats of transformed inputs at a time
+_WINOGRAD_WEIGHTS = 128 * 1024  # and of transformed weights
+_WINOGRAD_TILES = 64  # that are transformed at a time, at least
+_WINOGRAD_COLUMNS = 48  # of the weight, likewise
 _WINOGRAD_PADDING = 16  # floats between the places of a tile
 
 Types = Sequence[TensorType]
@@ -161,8 +162,8 @@ def _conv2d_winograd(inputs: Types, outputs: Types, attrs: Attributes, threads: 
     depth, (batch, height, width, columns) = inputs[0].shape[3], outputs[0].shape
     size: int = attrs["outputs"]
     places, tiles = (size + 2) ** 2, batch * -(-height // size) * -(-width // size)
-    most = _WINOGRAD_FLOATS // (places * depth)
-    rows, across = _block_of(tiles, most, _WINOGRAD_TILES), _block_of(columns, most, _WINOGRAD_COLUMNS)
+    rows = _block_of(tiles, _WINOGRAD_INPUTS // (places * depth), _WINOGRAD_TILES)
+    across = _block_of(columns, _WINOGRAD_WEIGHTS // (places * depth), _WINOGRAD_COLUMNS)
     kept = places * (rows * depth + depth * across + rows * across + 3 * _WINOGRAD_PADDING)
     running = threads if places * rows * across * depth >= _GEMM_WORK else 1
     return _FLOAT * kept + running * _part(rows, across, depth, _conflicts(depth))

@@ -21,7 +21,7 @@ namespace POCKC_SIMD_NAMESPACE {
 namespace {
 
 // Most floats of V and of U at a time, if there are enough tiles and columns. The planner knows them too.
-constexpr int64_t kInputFloats = 128 * 1024;
+constexpr int64_t kInputFloats = 64 * 1024;
 constexpr int64_t kWeightFloats = 128 * 1024;
 constexpr int64_t kLeastTiles = 64;
 constexpr int64_t kLeastColumns = 48;
