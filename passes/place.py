@@ -14,7 +14,10 @@ from pockc.passes.memory import live
 from pockc.passes.rewrite import is_frozen
 from pockc.recipe import Recipe
 
+REPLACED = ("conv2d", "conv2d_grad_input")  # ops of nodes that may have several candidates
+WINOGRAD = "conv2d_winograd"
 DIRECT = "direct"  # the candidate that a node is before this pass
+KINDS = (DIRECT, *(f"winograd{outputs}" for outputs in TILES))  # names of candidates
 KERNELS = ("winograd",)  # families of candidates that `Recipe.disabled` may name, for ablation
 
 # The model. Only ratios matter: a core does so many operations while it moves one byte to or from main memory, and
@@ -87,7 +90,7 @@ def _chosen(recipe: Recipe, node: Node, found: Mapping[str, Node]) -> str:
 
 def _winograd(node: Node) -> Iterator[tuple[str, Node]]:
     """As `conv2d_winograd`, by size of tile, where a node is a dense 3x3 convolution of stride 1 or its gradient."""
-    if node.op not in ("conv2d", "conv2d_grad_input"):
+    if node.op not in REPLACED:
         return
     weight, attrs = node.inputs[1].type.shape, node.attrs
     plain = attrs["stride"] == (1, 1) and attrs["dilation"] == (1, 1) and attrs["groups"] == 1
@@ -99,17 +102,15 @@ def _winograd(node: Node) -> Iterator[tuple[str, Node]]:
             return
         given = {"padding": tuple(TAPS - 1 - side for side in attrs["padding"]), "transposed": True}
     for outputs in TILES:
-        types, complete = infer(
-            "conv2d_winograd", [v.type for v in node.inputs], {**given, "outputs": outputs}, node.origin
-        )
+        types, complete = infer(WINOGRAD, [v.type for v in node.inputs], {**given, "outputs": outputs}, node.origin)
         assert types == tuple(v.type for v in node.outputs)
-        yield f"winograd{outputs}", replace(node, op="conv2d_winograd", attrs=complete)
+        yield f"winograd{outputs}", replace(node, op=WINOGRAD, attrs=complete)
 
 
 def _operations(node: Node) -> float:
     """The estimated time of a convolution, in arithmetic operations that would take as long."""
     moved = OPERATIONS_PER_BYTE * cost.moved_bytes(node)
-    if node.op != "conv2d_winograd":
+    if node.op != WINOGRAD:
         return 2 * cost.multiply_adds(node) + moved
     depth, columns = node.inputs[0].type.shape[3], node.outputs[0].type.shape[3]
     places, tiles = cost.winograd_tiles(node)

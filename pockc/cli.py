@@ -181,12 +181,17 @@ def tune(
     choices: Choices,
     device: Device = devices.DEFAULT,
     seconds: Annotated[float, typer.Option(min=0.0, help="About how long to measure.")] = 60.0,
+    prepare: Annotated[Path | None, typer.Option(help="Instead write programs here for a board to profile.")] = None,
+    profiles: Annotated[Path | None, typer.Option(help="Instead read what it made of them, in this folder.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The table to write.")] = Path("tuning.json"),
 ) -> None:
     """Time the kernels that a model can choose among on this machine, for builds with --tuning."""
     from pockc import cli_bench
 
-    cli_bench.tune(choices.arguments(), devices.find(device), Console(), seconds, output)
+    if prepare is not None:
+        cli_bench.prepare(choices.arguments(), devices.find(device), Console(), prepare)
+        return
+    cli_bench.tune(choices.arguments(), devices.find(device), Console(), output, seconds, profiles)
 
 
 @app.command()

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.text import Text
 
-from pockc import bench
+from pockc import bench, tune_board
 from pockc.ablation import ablate as run_ablation
 from pockc.artifact import read
 from pockc.build import build
@@ -87,11 +87,33 @@ def ablate(source: Source, console: Console, entry: str, steps: int, threads: in
     return {"program": source.name, **ablation.as_json()}
 
 
-def tune(arguments: Mapping[str, Any], device: Device, console: Console, seconds: float, output: Path) -> None:
-    """Measure the candidates of a model's calls, write the table and print it."""
+def prepare(arguments: Mapping[str, Any], device: Device, console: Console, folder: Path) -> None:
+    """Write what a board without Python measures, and say how it does that."""
+    for made in tune_board.prepare(arguments, device, folder):
+        console.print(f"Wrote {made}", soft_wrap=True, highlight=False)
+    console.print(
+        f"On the board, in each of them: ./pock-run bench model.pock --profile --json {tune_board.PROFILE}\n"
+        f"Then here, with these files beside the programs: pockc tune --profiles {folder} and the same options.",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def tune(
+    arguments: Mapping[str, Any],
+    device: Device,
+    console: Console,
+    output: Path,
+    seconds: float = 60.0,
+    profiles: Path | None = None,
+) -> None:
+    """Measure the candidates of a model's calls, or take a board's profiles; write the table and print it."""
     errors = Console(stderr=True)
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
-        table = run_tune(arguments, device, seconds, progress)
+        if profiles is not None:
+            table = tune_board.collect(arguments, device, profiles)
+        else:
+            table = run_tune(arguments, device, seconds, progress)
     table.save(output)
     print_tuning(console, table)
     console.print(f"Wrote {output}", soft_wrap=True, highlight=False)

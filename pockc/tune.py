@@ -48,7 +48,7 @@ def tune(
     if device.architecture != platform.machine():
         raise UserError(
             f"{device.name} has a processor of the kind {device.architecture}, this machine {platform.machine()}",
-            instead="Run `pockc tune` on the board, or build without a table: a model of cost stands in for it.",
+            instead="Run `pockc tune` on the board, or --prepare programs for it. Without a table, a model decides.",
         )
     calls = distinct_calls(arguments, device)
     share = seconds / max(1, len(calls))
@@ -58,11 +58,15 @@ def tune(
 
 def distinct_calls(arguments: Mapping[str, Any], device: Device) -> dict[str, Node]:
     """By key, one node of each kind that has several candidates, over all entries of the program."""
-    plain = {**arguments, "device": replace(device, tuning=""), "frozen_dtype": "f32", "target": "native"}
-    plain["disabled"] = frozenset({*arguments.get("disabled", ()), *place.KERNELS})
-    program = build(**plain)
+    program = build(**untuned(arguments, device, without=place.KERNELS))
     nodes = (node for graph in program.entries.values() for node in graph.nodes if len(place.candidates(node)) > 1)
     return {place.key(node): node for node in nodes}
+
+
+def untuned(arguments: Mapping[str, Any], device: Device, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Arguments of a build for the device that reads no table and stores weights as floats, without some kernels."""
+    disabled = frozenset({*arguments.get("disabled", ()), *without})
+    return {**arguments, "device": replace(device, tuning=""), "frozen_dtype": "f32", "disabled": disabled}
 
 
 def machine() -> dict[str, Any]:
