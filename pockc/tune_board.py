@@ -10,7 +10,7 @@ import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pockc.build import build
 from pockc.errors import UserError
@@ -59,27 +59,42 @@ def collect(arguments: Mapping[str, Any], device: Device, folder: Path) -> Table
     found: dict[str, dict[str, list[float]]] = {}
     for kind, calls in profiles.items():
         _require_same(files[kind], calls, nodes, kind)
-        for node, (op, ms) in zip(nodes, calls, strict=True):
+        for node, call in zip(nodes, calls, strict=True):
             candidates = place.candidates(node)
-            if len(candidates) > 1 and op == candidates[kind].op and ms > 0:  # else it did not fit the memory there
-                found.setdefault(place.key(node), {}).setdefault(kind, []).append(ms)
+            if len(candidates) > 1 and call.op == candidates[kind].op and call.ms > 0:  # else it did not fit the memory
+                found.setdefault(place.key(node), {}).setdefault(kind, []).append(call.ms)
     times = {key: {kind: sum(ms) / len(ms) for kind, ms in kinds.items()} for key, kinds in found.items()}
     return Table(device.name, {"processor": device.cpu or device.name, "architecture": device.architecture}, times)
 
 
-def _read(path: Path) -> list[tuple[str, float]]:
-    """Op and milliseconds of each call that may have several candidates, in order."""
+class _Call(NamedTuple):
+    op: str
+    shapes: str  # "[1,8,8,4] [4,3,3,4] > [1,8,8,4]"
+    ms: float
+
+
+def _read(path: Path) -> list[_Call]:
+    """The calls that may have several candidates, in order."""
     try:
         rows = json.loads(path.read_text())["profile"]
-        return [(row["op"], float(row["cpu_ms"])) for row in rows if row["op"] in (*place.REPLACED, place.WINOGRAD)]
+        calls = [_Call(row["op"], row["shapes"], float(row["cpu_ms"])) for row in rows]
+        return [call for call in calls if call.op in (*place.REPLACED, place.WINOGRAD)]
     except OSError as error:
         raise UserError(f"cannot read the profile {path}: {error.strerror}", instead=ADVICE) from None
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path} is not what `pock-run bench --profile --json` writes", instead=ADVICE) from None
 
 
-def _require_same(path: Path, calls: list[tuple[str, float]], nodes: list[Node], kind: str) -> None:
+def _shapes(node: Node) -> str:
+    inputs, outputs = (
+        " ".join(f"[{','.join(map(str, v.type.shape))}]" for v in vs) for vs in (node.inputs, node.outputs)
+    )
+    return f"{inputs} > {outputs}"
+
+
+def _require_same(path: Path, calls: list[_Call], nodes: list[Node], kind: str) -> None:
     """Raise UserError unless these can be the calls of the program of one kind."""
-    possible = [(node.op, place.candidates(node).get(kind, node).op) for node in nodes]
-    if len(calls) != len(nodes) or any(op not in ops for (op, _), ops in zip(calls, possible, strict=True)):
+    possible = [{(n.op, _shapes(n)), (place.candidates(n).get(kind, n).op, _shapes(n))} for n in nodes]
+    same = len(calls) == len(nodes)
+    if not same or any((call.op, call.shapes) not in known for call, known in zip(calls, possible, strict=True)):
         raise UserError(f"{path} is of another program than this model and these options make", instead=ADVICE)

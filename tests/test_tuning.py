@@ -185,7 +185,7 @@ def test_a_board_without_python_profiles_programs(
     assert set(table.times) <= set(calls)
     complete = [key for key, times in table.times.items() if set(times) == set(place.KINDS)]
     assert {key.partition("(")[0] for key in complete} == set(place.REPLACED)
-    other = {**arguments, "scheme": "full"}
+    other = {**arguments, "example_inputs": {"x": arguments["example_inputs"]["x"][:2]}}
     assert "is of another program" in message(lambda: collect(other, HOST, tmp_path))
     (tmp_path / "direct" / "profile.json").write_text("[]")
     assert "is not what `pock-run bench" in message(lambda: collect(arguments, HOST, tmp_path))
