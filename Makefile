@@ -185,6 +185,7 @@ bench-kernels: setup ## Show what each kernel reaches of this machine's limits, 
 
 bench-ablate: setup ## Show what each pass of the compiler buys, in bytes and milliseconds
 	$(BIN)/pockc bench benchmarks/zoo.py:mobilenet_v2 --batch-size 8 --scheme sparse --ablate --json out/ablation.json
+	$(BIN)/pockc bench benchmarks/zoo.py:resnet50 --batch-size 1 --scheme sparse --ablate --json out/ablation-resnet50.json
 
 sweep: data ## Find the learning rates that the demo uses
 	$(BIN)/python -m benchmarks.sweep

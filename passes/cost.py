@@ -60,6 +60,18 @@ def _conv2d_int8(node: Node) -> int:
     return node.outputs[0].type.elements * (weight.elements // weight.shape[-1])
 
 
+def winograd_tiles(node: Node) -> tuple[int, int]:
+    """Of a `conv2d_winograd`: places of a tile, each of which is a matrix product over all tiles; and tiles."""
+    batch, height, width, _ = node.outputs[0].type.shape
+    size = node.attrs["outputs"]
+    return (size + 2) ** 2, batch * -(-height // size) * -(-width // size)
+
+
+def _conv2d_winograd(node: Node) -> int:
+    places, tiles = winograd_tiles(node)
+    return places * tiles * node.inputs[0].type.shape[3] * node.outputs[0].type.shape[3]
+
+
 def _conv2d_grad_input(node: Node) -> int:
     ct, weight = (value.type for value in node.inputs)
     return ct.elements * (weight.elements // weight.shape[0])
@@ -91,6 +103,7 @@ _PRODUCTS: dict[str, Callable[[Node], int]] = {
     "conv2d_int8": _conv2d_int8,
     "conv2d_grad_input": _conv2d_grad_input,
     "conv2d_grad_weight": _conv2d_grad_weight,
+    "conv2d_winograd": _conv2d_winograd,
     "attention": _attention,
     "attention_grad": _attention_grad,
 }

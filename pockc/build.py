@@ -28,6 +28,7 @@ from pockc.targets import devices
 from pockc.targets import find as find_target
 from pockc.targets.devices import Device
 from pockc.targets.native import workspace_of
+from pockc.tuning import times_of
 
 Inputs = Mapping[str, Any] | tuple[Any, ...]
 Calibration = Mapping[str, Any] | Literal["example"] | None
@@ -198,6 +199,7 @@ def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
         saved_dtype=options.saved_dtype,
         threads=device.threads,
         workspace=workspace_of(device.threads),
+        times=times_of(device),
         micro_batch=options.micro_batch,
         updated_buffers=frozenset(state.name for state in imported.graph.updates),
         disabled=options.disabled,
@@ -229,7 +231,7 @@ def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
         "saved_dtype": options.saved_dtype,
         "target": options.target,
         "device": device.name,
-        **({} if device.name in devices.DEVICES else {"board": device.as_json()}),
+        **({} if device in devices.DEVICES.values() else {"board": device.as_json()}),
         "aliases": dict(imported.aliases),
         "trained": [name for name in recipe.trained if name not in without_gradient],
         "trained_elements": _trained_elements(program.entries["train_step"]),

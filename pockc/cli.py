@@ -1,4 +1,4 @@
-"""The command line: ``pockc build | inspect | verify | bench | export | deploy | devices``."""
+"""The command line: ``pockc build | inspect | verify | bench | tune | export | deploy | devices``."""
 
 from __future__ import annotations
 
@@ -27,6 +27,9 @@ app = typer.Typer(
 )
 
 Device = Annotated[str, typer.Option(help="A name of `pockc devices`, or a YAML file that describes a board.")]
+Tuning = Annotated[
+    Path | None, typer.Option(help="Times of the device that `pockc tune` wrote; default: the device's.")
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -42,6 +45,7 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 def build(
     choices: Choices,
     device: Device = devices.DEFAULT,
+    tuning: Tuning = None,
     selftest: Annotated[bool, typer.Option(help="Store inputs and outputs for `pock-run selftest`.")] = True,
     compare_full: Annotated[bool, typer.Option(help="Also plan full backpropagation, to compare memory.")] = True,
     toolchain: Annotated[
@@ -56,7 +60,7 @@ def build(
     from pockc.frontend.torch_parity import named_arrays
     from pockc.targets.native.toolchain import for_device
 
-    board = devices.find(device)
+    board = devices.tuned(devices.find(device), tuning)
     if toolchain is not None:
         for_device(board, toolchain)  # a wrong name is better known before the build
     arguments = choices.arguments()
@@ -155,6 +159,7 @@ def verify(
 def bench(
     choices: Choices,
     device: Device = devices.DEFAULT,
+    tuning: Tuning = None,
     entry: Annotated[str, typer.Option(help="Which entry to run.")] = "train_step",
     steps: Annotated[int, typer.Option(min=1, help="Steps to time, after a few to warm up.")] = 20,
     threads: Annotated[int, typer.Option(min=1, help="Of the runtime.")] = 1,
@@ -164,12 +169,31 @@ def bench(
     """Time steps on made-up inputs, and show the memory that they take."""
     from pockc import cli_bench
 
-    source = cli_bench.source_of(choices, device)
+    source = cli_bench.source_of(choices, device, tuning)
     console = Console()
     figures = (cli_bench.ablate if ablate else cli_bench.measure)(source, console, entry, steps, threads)
     if json_file is not None:
         write_atomically(json_file, [json.dumps(figures, indent=2).encode() + b"\n"])
         console.print(f"Wrote {json_file}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+@with_choices()
+def tune(
+    choices: Choices,
+    device: Device = devices.DEFAULT,
+    seconds: Annotated[float, typer.Option(min=0.0, help="About how long to measure.")] = 60.0,
+    prepare: Annotated[Path | None, typer.Option(help="Instead write programs here for a board to profile.")] = None,
+    profiles: Annotated[Path | None, typer.Option(help="Instead read what it made of them, in this folder.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The table to write.")] = Path("tuning.json"),
+) -> None:
+    """Time the kernels that a model can choose among on this machine, for builds with --tuning."""
+    from pockc import cli_bench
+
+    if prepare is not None:
+        cli_bench.prepare(choices.arguments(), devices.find(device), Console(), prepare)
+        return
+    cli_bench.tune(choices.arguments(), devices.find(device), Console(), output, seconds, profiles)
 
 
 @app.command()

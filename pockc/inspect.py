@@ -15,6 +15,7 @@ from pockc.artifact import Artifact, Entry
 from pockc.bench import Measurement
 from pockc.memory_page import write_page
 from pockc.parity import LOSS_TOLERANCE, TENSOR_TOLERANCE, Parity
+from pockc.tuning import Table as Times
 
 _ROWS = 15  # of a table; the page has them all
 
@@ -125,6 +126,15 @@ def print_ablation(console: Console, program: str, ablation: Ablation) -> None:
     )
     for note in _notes(ablation):
         console.print(Text(f"Note: {note}", style="yellow"), soft_wrap=True)
+
+
+def print_tuning(console: Console, tuned: Times) -> None:
+    """The times of every call's candidates, the fastest of them in front."""
+    table = Table("call", "CPU ms of each kernel", title=f"Kernels on {tuned.device}: {tuned.machine['processor']}")
+    for call, times in tuned.times.items():
+        ranked = sorted(times.items(), key=lambda item: item[1])
+        table.add_row(call, ", ".join(f"{name} {ms:.3f}" for name, ms in ranked))
+    console.print(table)
 
 
 def write_html(artifact: Artifact, path: Path) -> None:

@@ -25,6 +25,7 @@ from pockc.passes import (
     fold_batchnorm,
     fuse,
     layout,
+    place,
     quantize_frozen,
     quantize_prefix,
     reorder,
@@ -69,7 +70,7 @@ class ProgramPass:
 COMMON: tuple[Pass, ...] = (
     Pass("canonicalize", canonicalize.run, "imported"),  # one spelling of everything, before patterns are matched
     Pass("fold", fold.run, "imported"),  # masks and tables of the frontend become constants
-    Pass("layout", layout.run, "imported"),  # channels-last throughout; needs canonical transposes
+    Pass("layout", layout.run, "imported", optional=True),  # channels-last throughout; needs canonical transposes
     Pass("canonicalize", canonicalize.run, "imported"),  # pads meet their convolution once transposes are gone
     Pass("fold-batchnorm", fold_batchnorm.run, "imported", optional=True),  # wants conv -> mul, channels last
     Pass("fold", fold.run, "imported"),  # the folded scales and shifts of frozen parameters
@@ -106,6 +107,7 @@ LOWER: tuple[Pass, ...] = (
     Pass("tile-channels", tile_channels.run, "lowered", optional=True),  # of fused products, while each is there once
     Pass("split-prefix", split_prefix.run, "lowered", optional=True),  # after the last pass that adds readers
     Pass("reorder", reorder.run, "lowered", reducible=True),
+    Pass("place", place.run, "lowered", reducible=True),  # asks what memory the order leaves for scratch
 )
 
 # For ONNX Runtime, which orders nodes, fuses elementwise chains and plans memory by itself. Unsupported nodes are
@@ -123,7 +125,7 @@ TOGETHER: tuple[ProgramPass, ...] = (ProgramPass("quantize-frozen", quantize_fro
 def switches() -> tuple[str, ...]:
     """The names that `Recipe.disabled` knows, in the order in which the passes run."""
     passes = (*COMMON, *TRAIN, *ACCUMULATE, *EVAL, *INFER, *LOWER)
-    return tuple(dict.fromkeys(step.name for step in passes if step.optional or step.reducible))
+    return (*dict.fromkeys(step.name for step in passes if step.optional or step.reducible), *place.KERNELS)
 
 
 @dataclass(slots=True)

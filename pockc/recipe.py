@@ -39,6 +39,7 @@ class Recipe:
     ``transient_target`` is what the training step may need beside its states, in bytes: computing activations again is
     then worth any time; without it, next to none. ``micro_batch`` is the number of samples that run through the
     training step at a time; 0: whatever fits best. ``decisions`` is where passes note what they chose, for the report.
+    ``times`` has milliseconds of the device, by node and candidate kernel (`passes.place`): a model stands in for more.
     ``tiles`` is how another entry cut its weights, by name, into how many tiles; None where the entry is the first.
     """
 
@@ -59,5 +60,6 @@ class Recipe:
     micro_batch: int = 0
     decisions: dict[str, Any] = field(default_factory=dict)
     tiles: Mapping[str, int] | None = None
+    times: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     updated_buffers: frozenset[str] = frozenset()  # running statistics that a training entry updates
     disabled: frozenset[str] = frozenset()  # names of passes that the user switched off, for ablation

@@ -7,6 +7,7 @@ A file for ``--device my-board.yaml`` names what differs from a known board, and
     cores: 2
     memory: 512MiB
     cost: {gflops: 6.0, gigabytes_per_second: 2.0}
+    tuning: my-board.json     # beside this file: what `pockc tune` measured on the board
 
 or says everything: ``name``, ``triple``, ``cores`` and ``memory`` are needed then.
 """
@@ -48,6 +49,7 @@ class Device:
     cpu: str = ""  # core, as GCC and Clang name it
     target: str = "native"
     dtype: str = "f32"  # that the board computes fastest in, among those that the target has
+    tuning: str = ""  # a file of times that `pockc tune` measured on it (pockc/tuning.py)
 
     @property
     def architecture(self) -> str:
@@ -110,6 +112,11 @@ def find(name: str) -> Device:
     return DEVICES[name]
 
 
+def tuned(device: Device, table: Path | None) -> Device:
+    """The device with another file of times; None keeps its own."""
+    return device if table is None else replace(device, tuning=str(table))
+
+
 def recorded(metadata: Mapping[str, Any]) -> Device:
     """The device that a program was built for, from its metadata."""
     board = metadata.get("board")
@@ -138,6 +145,7 @@ class _DeviceFile(_Strict):
     threads: Annotated[int, Field(ge=1, le=256)] | None = None
     memory: str | None = None
     dtype: Literal["f32"] | None = None
+    tuning: str | None = None
     cost: _CostFile | None = None
 
 
@@ -183,6 +191,7 @@ def _merged(described: _DeviceFile, path: Path) -> Device:
         )
     base = find(described.like) if described.like else _bare(described, path)
     given = described.model_dump(exclude={"like", "memory", "cost"}, exclude_none=True)
+    given["tuning"] = str(path.parent / described.tuning) if described.tuning else ""  # never that of another board
     if "cores" in given and "threads" not in given:
         given["threads"] = min(described.cores or 1, 16)
     if described.memory is not None:

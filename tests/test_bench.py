@@ -125,7 +125,7 @@ def test_no_steps_are_refused(network: Shell) -> None:
 
 def test_switches_are_the_passes_that_can_be_switched_off() -> None:
     optional = {step.name for step in (*pipeline.COMMON, *pipeline.TRAIN, *pipeline.LOWER) if step.optional}
-    assert set(pipeline.switches()) == optional | {"reorder"}
+    assert set(pipeline.switches()) == optional | {"reorder", "place", "winograd"}
     assert {"fold-batchnorm", "fuse", "split-prefix"} <= optional
     order = [step.name for step in pipeline.LOWER if step.name in pipeline.switches()]
     assert [name for name in pipeline.switches() if name in order] == order

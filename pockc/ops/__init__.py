@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     Vjp = Callable[[Builder, Node, tuple[Value | None, ...], frozenset[int]], Sequence[Value | None]]
 
 FAMILIES = (
-    "elementwise", "activation", "masks", "reduce", "shape", "linear", "conv", "pool", "norm", "softmax",
+    "elementwise", "activation", "masks", "reduce", "shape", "linear", "conv", "winograd", "pool", "norm", "softmax",
     "attention", "embedding", "dropout", "loss", "loss_tiles", "optimizer", "optimizer8", "quantized", "saved8",
 )  # fmt: skip
 

@@ -80,6 +80,7 @@ OPS = frozenset(
         "conv2d",
         "conv2d_grad_input",
         "conv2d_grad_weight",
+        "conv2d_winograd",
         # pooling
         "max_pool2d",
         "max_pool2d_grad",

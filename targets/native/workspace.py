@@ -22,6 +22,11 @@ _GEMM_PADDING = 16  # floats between copied rows
 _DEPTHWISE_UNITS = 4  # separately summed parts of a depthwise weight gradient
 _NORM_UNITS = 4  # separately summed parts of a normalisation's gamma gradient
 _SCORE_FLOATS = 32768  # of a block of attention scores, where sequences are long
+_WINOGRAD_INPUTS = 64 * 1024  # most floats of transformed inputs at a time
+_WINOGRAD_WEIGHTS = 128 * 1024  # and of transformed weights
+_WINOGRAD_TILES = 64  # that are transformed at a time, at least
+_WINOGRAD_COLUMNS = 48  # of the weight, likewise
+_WINOGRAD_PADDING = 16  # floats between the places of a tile
 
 Types = Sequence[TensorType]
 Attributes = Mapping[str, Any]
@@ -148,6 +153,22 @@ def _conv2d_grad_weight(inputs: Types, outputs: Types, attrs: Attributes, thread
     return _gemm(weight[0] // groups, prod(weight[1:]), prod(inputs[1].shape[:3]), True, threads)
 
 
+def _block_of(count: int, most: int, least: int) -> int:
+    """As many of ``count`` at a time, in nearly equal blocks."""
+    return _round_up(-(-count // -(-count // max(most, least))), 16)
+
+
+def _conv2d_winograd(inputs: Types, outputs: Types, attrs: Attributes, threads: int) -> int:
+    depth, (batch, height, width, columns) = inputs[0].shape[3], outputs[0].shape
+    size: int = attrs["outputs"]
+    places, tiles = (size + 2) ** 2, batch * -(-height // size) * -(-width // size)
+    rows = _block_of(tiles, _WINOGRAD_INPUTS // (places * depth), _WINOGRAD_TILES)
+    across = _block_of(columns, _WINOGRAD_WEIGHTS // (places * depth), _WINOGRAD_COLUMNS)
+    kept = places * (rows * depth + depth * across + rows * across + 3 * _WINOGRAD_PADDING)
+    running = threads if places * rows * across * depth >= _GEMM_WORK else 1
+    return _FLOAT * kept + running * _part(rows, across, depth, _conflicts(depth))
+
+
 def _sums_of_units(inputs: Types, outputs: Types, attrs: Attributes, threads: int) -> int:
     return _FLOAT * _NORM_UNITS * _round_up(inputs[0].shape[-1], 16)
 
@@ -188,6 +209,7 @@ _RULES: dict[str, Callable[[Types, Types, Attributes, int], int]] = {
     "conv2d": _conv2d,
     "conv2d_grad_input": _conv2d_grad_input,
     "conv2d_grad_weight": _conv2d_grad_weight,
+    "conv2d_winograd": _conv2d_winograd,
     "layer_norm_grad_gamma": _sums_of_units,
     "rms_norm_grad_gamma": _sums_of_units,
     "batch_norm_grad_input": _batch_norm_grad_input,

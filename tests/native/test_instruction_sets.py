@@ -84,6 +84,8 @@ def test_every_instruction_set_agrees_with_numpy_and_fused_ones_with_each_other(
         ("conv2d", ((2, 20, 21, 40), (70, 3, 3, 40)), {"padding": (1, 1, 1, 1), "stride": (2, 1)}),
         ("conv2d_grad_weight", ((2, 20, 20, 40), (2, 20, 20, 70)), {"kernel": (3, 3), "padding": (1, 1, 1, 1)}),
         ("conv2d_grad_weight", ((2, 20, 20, 40), (2, 20, 20, 40)), {"kernel": (1, 1), "groups": 40}),
+        ("conv2d_winograd", ((2, 20, 21, 40), (70, 3, 3, 40)), {"outputs": 2, "padding": (1, 1, 1, 1)}),
+        ("conv2d_winograd", ((2, 20, 21, 70), (70, 3, 3, 40)), {"outputs": 4, "transposed": True}),
         ("reduce_sum", ((3000, 45),), {"axes": (0,)}),
         ("reduce_sum", ((3, 20000),), {"axes": (1,)}),
         ("attention", ((2, 3, 70, 24), (2, 3, 90, 24), (2, 3, 90, 40)), {"scale": 0.2}),

@@ -28,6 +28,8 @@ def f32(*shape: int) -> TensorType:
         (node("conv2d", f32(2, 8, 8, 4), f32(6, 3, 3, 4), padding=(1, 1, 1, 1)), 2 * 64 * 6 * 9 * 4),
         (node("conv2d", f32(2, 8, 8, 4), f32(4, 3, 3, 1), padding=(1, 1, 1, 1), groups=4), 2 * 64 * 4 * 9),
         (node("conv2d_grad_input", f32(2, 4, 4, 6), f32(6, 1, 1, 4), size=(4, 4)), 2 * 16 * 6 * 4),
+        (node("conv2d_winograd", f32(2, 7, 8, 4), f32(6, 3, 3, 4), outputs=2), 2 * 3 * 3 * 16 * 4 * 6),
+        (node("conv2d_winograd", f32(2, 7, 8, 6), f32(6, 3, 3, 4), outputs=4, transposed=True), 2 * 2 * 2 * 36 * 4 * 6),
         (node("conv2d_grad_weight", f32(2, 4, 4, 4), f32(2, 4, 4, 6), kernel=(1, 1)), 2 * 16 * 6 * 4),
         (node("attention", f32(1, 4, 5, 8), f32(1, 2, 7, 8), f32(1, 2, 7, 6), scale=1.0), 4 * 5 * 7 * (8 + 6)),
         (node("add", f32(3), f32(3)), 0),
