@@ -72,12 +72,12 @@ def test_lowering_computes_what_the_reference_does(op: str, frozen: bool) -> Non
 
 
 def test_what_has_no_lowering_is_known() -> None:
-    # Tiles and compact states are made by passes and options that this target does not have.
+    # Tiles, compact states and kernels to choose from are made by passes and options that this target does not have.
     missing = {op for op in OPS if op not in LOWERINGS}
 
     tiles = {"cross_entropy_tile", "cross_entropy_of_tiles", "cross_entropy_grad_tile", "count_correct_of_tiles"}
     eight_bits = {"quantize", "dequantize", "lookup_int8", "add_int8", "conv2d_int8", "max_pool2d_int8"}
-    assert missing == tiles | eight_bits | {"momentum8", "adam8", "lion8", "pack8", "unpack8"}
+    assert missing == tiles | eight_bits | {"momentum8", "adam8", "lion8", "pack8", "unpack8", "conv2d_winograd"}
 
 
 def test_images_stay_channels_first_between_convolutions() -> None:
