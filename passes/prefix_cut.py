@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from pockc.errors import UserError
 from pockc.ir import Graph, Node, Value, substitute, uniquely_named
@@ -21,9 +22,9 @@ from pockc.recipe import Recipe
 
 # May run behind the cut, in every step: a pass over memory at most, like reading the boundary itself.
 CHEAP = frozenset({
-    "reshape", "transpose", "expand", "slice", "concat", "cast", "copy", "neg", "abs", "add", "sub", "mul", "maximum",
-    "minimum", "equal", "not_equal", "less", "less_equal", "greater", "greater_equal", "logical_and", "logical_or",
-    "logical_not", "where", "clip", "dequantize",
+    "reshape", "transpose", "expand", "slice", "concat", "cast", "copy", "neg", "abs", "add", "sub", "mul", "div",
+    "maximum", "minimum", "equal", "not_equal", "less", "less_equal", "greater", "greater_equal", "logical_and",
+    "logical_or", "logical_not", "where", "clip", "dequantize", "reduce_sum", "reduce_mean", "reduce_max",
 })  # fmt: skip
 NAME = "encoded"  # of the tensors of the boundary: outputs of `encode`, inputs of what starts from there
 UNBOUNDED = 1 << 62
@@ -143,12 +144,16 @@ def _without(graph: Graph, changing: Iterable[Value]) -> tuple[Node, ...]:
 
 
 def _refuse_changes(graph: Graph, recipe: Recipe, untouched: tuple[Node, ...]) -> None:
-    """Raise UserError where something expensive is frozen, but behind what differs from step to step."""
+    """Raise UserError where the prefix differs from step to step, or its steps must all be made.
+
+    Statistics of a batch norm are updated there, or something expensive lies behind dropout.
+    """
     in_front = _without(graph, {value for value in graph.states if value.name in recipe.trained})
     cut_off = [node for node in in_front if node not in set(untouched)]
-    if not any(map(multiply_adds, cut_off)):
+    made = {value for node in cut_off for value in node.outputs}
+    if not any(map(multiply_adds, cut_off)) and made.isdisjoint(graph.updates.values()):
         return
-    kind = "dropout" if cut_off[0].op == "dropout" else "a batch norm that is updated"
+    kind = "dropout" if cut_off[0].op == "dropout_mask" else "a batch norm that is updated"
     raise UserError(
         f"cache_prefix cannot keep what lies in front of everything trained: it contains {kind}, "
         "which makes it another in every step",
@@ -195,7 +200,7 @@ def _smallest(graph: Graph, nodes: Sequence[Node]) -> list[Value]:
 def _saturate(network: defaultdict[Hashable, dict[Hashable, int]]) -> None:
     """A maximum flow from source to sink, along shortest paths; what is left are the residual capacities."""
     while path := _shortest_path(network):
-        edges = list(zip(path, path[1:], strict=False))
+        edges = list(pairwise(path))
         amount = min(network[start][end] for start, end in edges)
         for start, end in edges:
             network[start][end] -= amount

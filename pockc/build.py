@@ -216,7 +216,7 @@ def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
     eval_graph = evaluated.graph if evaluated else None
     traced = Traced(imported.graph, eval_graph, options.seed, options.entries, options.cache_prefix)
 
-    def planned(recipe: Recipe) -> Program:
+    def planned(recipe: Recipe, traced: Traced = traced) -> Program:
         make = _plan if options.target == "native" else partial(_lower, options.target)
         return make(recipe, traced)
 
@@ -248,7 +248,8 @@ def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
     }
     if options.compare_full and options.target == "native":
         full = replace(recipe, trained=resolved("full"), decisions={})
-        memory_of_full = program if full.trained == recipe.trained and budget is None else planned(full)
+        same = full.trained == recipe.trained and budget is None
+        memory_of_full = program if same else planned(full, replace(traced, cache_prefix=False))
         metadata["full_memory"] = memory_of_full.memory.totals()
     return replace(program, metadata=metadata)
 
