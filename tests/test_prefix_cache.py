@@ -257,11 +257,12 @@ def test_other_options_combine_with_it(tmp_path: Path, options: dict[str, Any]) 
 def test_a_budget_holds_for_all_entries() -> None:
     inputs = {"x": torch.zeros(8, 3, 16, 16)}
     scheme = Scheme.model_validate({"name": "two", "update": ["conv.*", "last.*", "head.*"]})
+    slow = frozenset({"split-rows", "tile-channels", "reorder", "split-backward", "split-prefix"})
     make = partial(build, model_of(Images), inputs, scheme=scheme, optimizer=SGD(lr=0.1), cache_prefix=True)
-    budget = int(0.85 * make().memory.peak_bytes)
-    program = make(memory_budget=budget)
+    budget = make(disabled=slow).memory.peak_bytes // 2
+    program = make(memory_budget=budget, disabled=slow)
     assert program.memory.peak_bytes <= budget
-    assert "encode" in program.entries
+    assert program.metadata["budget"]["micro_batch"] < 8
 
 
 def test_the_entries_run_from_python(tmp_path: Path) -> None:
