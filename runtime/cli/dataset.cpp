@@ -100,7 +100,7 @@ Status Dataset::bind(const Program& program, const EntryRecord& entry) {
 std::string Dataset::wanted(const Program& program, const EntryRecord& entry) const {
   std::string text;
   for (const Argument& input : entry.inputs) {
-    if (encoding_of(input) >= 0) continue;
+    if (encoding_of(program, input) >= 0) continue;
     const Tensor& type = program.tensors[input.tensor].type;
     text += (text.empty() ? "" : ", ") + input.name + " " + dtype_name(type.dtype) +
             ShapeText(type.rank, type.dims).text;
@@ -128,7 +128,7 @@ Status Dataset::check_shape(const NumpyArray& array, const Tensor& type, bool pe
 
 Status Dataset::add_column(const Program& program, const EntryRecord& entry, const Argument& input) {
   const Tensor& type = program.tensors[input.tensor].type;
-  const int encoding = encoding_of(input);
+  const int encoding = encoding_of(program, input);
   if (encoding >= 0) {
     push_column(Column{nullptr, true, type.elements() / batch_, {}, encoding}, type, input);
     return PK_OK;
@@ -167,8 +167,8 @@ void Dataset::push_column(Column column, const Tensor& type, const Argument& inp
   names_.push_back(input.name.c_str());
 }
 
-int Dataset::encoding_of(const Argument& input) const {
-  return cache_ == nullptr ? -1 : cache_->find(input.name);
+int Dataset::encoding_of(const Program& program, const Argument& input) const {
+  return cache_ == nullptr ? -1 : cache_->find(input.name, program.tensors[input.tensor].type);
 }
 
 std::string Dataset::digest() const {

@@ -57,7 +57,7 @@ class Dataset {
   Status bind(const Program& program, const EntryRecord& entry);
   Status add_column(const Program& program, const EntryRecord& entry, const Argument& input);
   void push_column(Column column, const Tensor& type, const Argument& input);
-  int encoding_of(const Argument& input) const;
+  int encoding_of(const Program& program, const Argument& input) const;
   Status check_shape(const NumpyArray& array, const Tensor& type, bool per_sample,
                      const EntryRecord& entry) const;
   Status check_finite(const Column& column, const float* values, int64_t sample) const;

@@ -193,9 +193,13 @@ Status PrefixCache::encode(Session* session) {
   return PK_OK;
 }
 
-int PrefixCache::find(const std::string& name) const {
+int PrefixCache::find(const std::string& name, const Tensor& type) const {
   for (size_t i = 0; i < outputs_.size(); ++i) {
-    if (name == outputs_[i].name) return static_cast<int>(i);
+    const pk_tensor& tensor = outputs_[i].tensor;
+    if (name != outputs_[i].name || static_cast<DType>(tensor.dtype) != type.dtype ||
+        tensor.rank != type.rank)
+      continue;
+    if (std::equal(type.dims, type.dims + type.rank, tensor.dims)) return static_cast<int>(i);
   }
   return -1;
 }

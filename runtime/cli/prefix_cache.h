@@ -26,8 +26,8 @@ class PrefixCache {
   // Makes a batch of encodings ready. `ahead`: as many indices, the batch included, are those of batches to
   // come; where the batch leaves room in a run of `encode`, their samples are encoded along.
   Status fetch(const int64_t* indices, int64_t ahead, Session* session);
-  // The number of an output of `encode`, or -1.
-  int find(const std::string& name) const;
+  // The number of the output of `encode` with that name and type, or -1.
+  int find(const std::string& name, const Tensor& type) const;
   // Copies that output of the batch.
   void copy(int output, void* to) const;
 

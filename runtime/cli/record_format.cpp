@@ -23,7 +23,8 @@ float with_bits(uint32_t bits) {
   return value;
 }
 
-// The scales of all blocks, then the codes.
+// The scales of all blocks, then the codes: what the kernel `pack8` does, which the pock-run of a program may
+// lack.
 void store_int8(int64_t elements, const float* from, uint8_t* to) {
   uint8_t* codes = to + kScaleBytes * saved_blocks(elements);
   for (int64_t begin = 0; begin < elements; begin += kSavedBlock) {

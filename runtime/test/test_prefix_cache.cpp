@@ -217,10 +217,16 @@ TEST("what cannot be a cache is refused before training, and nothing outside the
   CHECK(std::strstr(pk_last_error(), "build it with --cache-prefix") != nullptr);
 }
 
-TEST("a hostile `encode`, which reads what training changes, is not cached") {
+TEST("a hostile program, whose entries do not fit together, is refused") {
+  ProgramWriter smaller = cached_program();
+  for (WrittenEntry& entry : smaller.entries) {
+    if (entry.name == "train_step_encoded") entry.inputs[0].tensor = entry.calls[2].outputs[0];  // f32[1,4]
+  }
+  CachedRun mixed(smaller);
+  CHECK(cli::train(mixed.options) == 1);
+  CHECK(std::strstr(pk_last_error(), "has no array `encoded.0`") != nullptr);
   ProgramWriter writer = cached_program();
-  writer.entries.back().calls[0].inputs[1] = writer.entries[0].calls.back().outputs[0];  // the step counter
-  writer.entries.back().calls[0].inputs[1] = writer.states[0].tensor;                    // `weight`
+  writer.entries.back().calls[0].inputs[1] = writer.states[0].tensor;  // `weight`, which training changes
   CachedRun run(writer);
   CHECK(cli::train(run.options) == 1);
   CHECK(std::strstr(pk_last_error(), "reads what training changes") != nullptr);
