@@ -38,7 +38,7 @@ def lowered(target: str, manager: Manager, traced: Traced) -> tuple[dict[str, Gr
     quiet = manager.run("common-eval", COMMON, traced.evaluation) if traced.evaluation is not None else common
     make = _Lowering(target, manager)
     entries = make.steps_in_two(common, quiet, traced.wanted) if traced.cache_prefix else make.steps(common)
-    if "eval_step" in traced.wanted:
+    if "eval_step" in traced.wanted and "eval_step" not in entries:
         entries["eval_step"] = make.entry("eval_step", EVAL, _without_updates(quiet))
     has_loss = manager.recipe.loss is not None
     predictions = {n: v for n, v in quiet.outputs.items() if has_loss or n != "loss"}
@@ -69,8 +69,8 @@ class _Lowering:
     def steps_in_two(self, common: Graph, quiet: Graph, wanted: Collection[str]) -> dict[str, Graph]:
         """The same with the frozen prefix and what starts behind it as entries of their own.
 
-        Both parts are lowered once: `train_step` is one after the other. So it has their very numbers, also where
-        lowering may change the order of sums.
+        Both parts are lowered once: `train_step` and `eval_step` are one after the other. So they have the very numbers
+        of their parts, also where lowering may change the order of sums or the choice of kernels.
         """
         recipe = self.manager.recipe
         boundary = prefix_cut.find(common, recipe)
@@ -86,6 +86,7 @@ class _Lowering:
         if evaluated is not None:
             name = f"eval_step{ENCODED}"
             entries[name] = self.entry(name, EVAL, prefix_cut.behind(_without_updates(quiet), evaluated))
+            entries["eval_step"] = prefix_cut.joined(encode, entries[name], [value.name for value in quiet.inputs])
         return entries
 
     def learn_from(self, step: Graph) -> None:
