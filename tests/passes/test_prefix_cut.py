@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,7 +97,7 @@ def test_what_is_made_of_inputs_by_cheap_nodes_does_not_cross() -> None:
     ("op", "attrs", "crossing"),
     [("dequantize", {"scale": 0.1, "zero_point": 3}, "quantize"), ("reduce_mean", {"axes": (1,)}, "reduce_mean")],
 )
-def test_the_smaller_side_of_a_cheap_node_crosses(op: str, attrs: dict[str, object], crossing: str) -> None:
+def test_the_smaller_side_of_a_cheap_node_crosses(op: str, attrs: dict[str, Any], crossing: str) -> None:
     def front(build: Builder, x: Value) -> Value:
         x = product(build, x)
         if op == "dequantize":
