@@ -47,7 +47,7 @@ from torch import nn
 import pockc
 from benchmarks import memory_budget, memory_int8, memory_peer, memory_plans, memory_tables, report, zoo
 from pockc import abi
-from pockc.build import ENTRIES
+from pockc.entries import ENTRIES
 from pockc.memory_report import LiveTensor
 from pockc.parity import LOSS_TOLERANCE
 

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib import pyplot
 
 from benchmarks import report
-from pockc.build import ENTRIES
+from pockc.entries import ENTRIES
 
 if TYPE_CHECKING:
     from benchmarks.memory import Result

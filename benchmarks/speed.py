@@ -34,6 +34,7 @@ PEERS = ROOT / ".cache" / "peers"
 REAL_STEPS = 2  # that are taken with a learning rate, and one more loss is seen after them
 SCHEMES = ("full", "bias-only", "sparse")
 PYTORCH = ("contiguous", "channels-last", "compile")
+CACHED = speed_report.CACHED
 TURN_MS = 250.0  # a turn has as many steps as fit, at least one
 LEAST_ROUNDS, MOST_ROUNDS = 3, 12
 
@@ -91,7 +92,8 @@ class Way:
 
 
 WAYS: dict[str, Way] = {
-    "pockc": Way("pockc_side"),
+    "pockc": Way("pockc_side", ("whole",)),
+    CACHED: Way("pockc_side", ("cached",)),
     "contiguous": Way("pytorch_side", ("contiguous",)),
     "channels-last": Way("pytorch_side", ("channels-last",)),
     "compile": Way("pytorch_side", ("compile",), compiles=True),
@@ -228,9 +230,10 @@ class Sides:
             self.close(way)
 
 
-def ways_of(case: Case, ways: Collection[str]) -> list[str]:
-    """Those that make a difference for a case: pockc first, channels-last only where there are images."""
-    return [way for way in WAYS if way in ways and (case.vision or way != "channels-last")]
+def ways_of(case: Case, scheme: str, ways: Collection[str]) -> list[str]:
+    """Those that make a difference: pockc first, channels-last only where there are images, a cache where it helps."""
+    left_out = {*(() if case.vision else ("channels-last",)), *(() if scheme == "sparse" else (CACHED,))}
+    return [way for way in WAYS if way in ways and way not in left_out]
 
 
 def measure(case: Case, scheme: str, sides: Sides, folder: Path, seconds: float) -> Result:
@@ -239,7 +242,7 @@ def measure(case: Case, scheme: str, sides: Sides, folder: Path, seconds: float)
                 exported=any(WAYS[way].environment for way in sides.ways))  # fmt: skip
     errors: dict[str, str] = {}
     taken: dict[str, Steps] = {}
-    for way in ways_of(case, sides.ways):
+    for way in ways_of(case, scheme, sides.ways):
         try:
             trained = sides.open(way, task)
             task = replace(task, trained=trained)

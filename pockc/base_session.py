@@ -67,6 +67,13 @@ class BaseSession(ABC):
         outputs = self.run("infer", **inputs)
         return next(iter(outputs.values())) if len(outputs) == 1 else outputs
 
+    def encode(self, **inputs: Any) -> dict[str, Array]:
+        """What a program built with ``cache_prefix`` computes in front of everything trained, by name.
+
+        It never changes. These are inputs of ``train_step_encoded`` and ``eval_step_encoded``, which `run` runs.
+        """
+        return self.run("encode", **inputs)
+
     def run(self, entry: str, /, **inputs: Any) -> dict[str, Array]:
         """Run one entry and return its outputs by name.
 
@@ -172,6 +179,7 @@ class BaseSession(ABC):
         if not any(signature):
             known = ", ".join(self.metadata.get("text", ()))
             hint = "Build it with that entry." if entry in ("eval_step", "infer") else ""
+            hint = "Build it with cache_prefix." if entry.startswith("encode") or entry.endswith("_encoded") else hint
             raise UserError(f"the program has no entry {entry!r}", supported=known, instead=hint)
         return signature
 

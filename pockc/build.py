@@ -13,14 +13,14 @@ import numpy as np
 
 from pockc import calibration as ranges
 from pockc.budget import Alternative, advised, within
+from pockc.entries import ENTRIES, Traced, lowered
 from pockc.errors import BudgetError, UserError, near_names
 from pockc.ir import Graph
 from pockc.losses import LOSSES
 from pockc.optim import AdamW, Optimizer
 from pockc.passes import memory
-from pockc.passes.channel_chains import tiles_of
 from pockc.passes.lifetimes import update_chains
-from pockc.pipeline import ACCUMULATE, COMMON, EVAL, INFER, LOWERINGS, TOGETHER, TRAIN, Manager, Pass
+from pockc.pipeline import COMMON, LOWERINGS, TOGETHER, Manager
 from pockc.program import Program, place_states
 from pockc.recipe import BatchNorm, FrozenDtype, PrefixDtype, Recipe, SavedDtype, StateDtype
 from pockc.scheme import Channels, Scheme, detect_family, resolve
@@ -32,7 +32,6 @@ from pockc.tuning import times_of
 
 Inputs = Mapping[str, Any] | tuple[Any, ...]
 Calibration = Mapping[str, Any] | Literal["example"] | None
-ENTRIES = ("train_step", "eval_step", "infer")
 
 
 def build(
@@ -58,6 +57,7 @@ def build(
     saved_dtype: SavedDtype = "f32",
     entries: Collection[str] = ENTRIES,
     target: str = "native",
+    cache_prefix: bool = False,
 ) -> Program:
     """Compile one training step of a PyTorch model.
 
@@ -93,6 +93,9 @@ def build(
             has room for the largest of them.
         target: ``native``, or ``onnxruntime``: ONNX models of the same steps, which plain ONNX Runtime runs. It plans
             its own memory, so that ``memory_budget``, ``micro_batch`` and compact dtypes do not apply.
+        cache_prefix: also make entries that take the step in two: ``encode``, what lies in front of everything trained,
+            and ``train_step_encoded`` and ``eval_step_encoded``, which start from its outputs. What `encode` makes of a
+            sample never changes: later epochs can start from there.
 
     Returns:
         The program: ``save`` it, look at ``memory`` and ``text("train_step")``.
@@ -130,6 +133,7 @@ def build(
         saved_dtype=saved_dtype,
         entries=tuple(entries),
         target=target,
+        cache_prefix=cache_prefix,
     )
     _check_target(options)
     try:
@@ -161,6 +165,7 @@ class Options:
     saved_dtype: SavedDtype
     entries: tuple[str, ...]
     target: str
+    cache_prefix: bool
 
 
 def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
@@ -210,9 +215,12 @@ def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
         common = Manager(recipe, find_target(options.target).supports).run("calibrate", COMMON, imported.graph)
         recipe = replace(recipe, prefix_ranges=ranges.measure(common, recipe, samples))
 
-    def planned(recipe: Recipe) -> Program:
+    eval_graph = evaluated.graph if evaluated else None
+    traced = Traced(imported.graph, eval_graph, options.seed, options.entries, options.cache_prefix)
+
+    def planned(recipe: Recipe, traced: Traced = traced) -> Program:
         make = _plan if options.target == "native" else partial(_lower, options.target)
-        return make(recipe, imported.graph, evaluated.graph if evaluated else None, options.seed, options.entries)
+        return make(recipe, traced)
 
     budget = options.memory_budget
     program = planned(recipe) if budget is None else within(budget, recipe, planned)
@@ -242,7 +250,8 @@ def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
     }
     if options.compare_full and options.target == "native":
         full = replace(recipe, trained=resolved("full"), decisions={})
-        memory_of_full = program if full.trained == recipe.trained and budget is None else planned(full)
+        same = full.trained == recipe.trained and budget is None
+        memory_of_full = program if same else planned(full, replace(traced, cache_prefix=False))
         metadata["full_memory"] = memory_of_full.memory.totals()
     return replace(program, metadata=metadata)
 
@@ -274,10 +283,10 @@ def _mapped(example_inputs: Inputs, function: Callable[..., Any]) -> Inputs:
     return tuple(map(function, example_inputs))
 
 
-def _plan(recipe: Recipe, train_graph: Graph, eval_graph: Graph | None, seed: int, wanted: Collection[str]) -> Program:
+def _plan(recipe: Recipe, traced: Traced) -> Program:
     """A program from training and evaluation graph, whose metadata says what the passes did."""
     manager = Manager(recipe, find_target("native").supports)
-    entries, without_gradient = _entries("native", manager, train_graph, eval_graph, seed, wanted)
+    entries, without_gradient = lowered("native", manager, traced)
     entries = manager.run_together(TOGETHER, entries)
     placements = {name: memory.run(graph, recipe.workspace) for name, graph in entries.items()}
     state_offset, state_bytes = place_states(entries)
@@ -298,18 +307,11 @@ def _plan(recipe: Recipe, train_graph: Graph, eval_graph: Graph | None, seed: in
     )
 
 
-def _lower(
-    target: str,
-    recipe: Recipe,
-    train_graph: Graph,
-    eval_graph: Graph | None,
-    seed: int,
-    wanted: Collection[str],
-) -> Program:
+def _lower(target: str, recipe: Recipe, traced: Traced) -> Program:
     """As `_plan`, for a target that places nothing but the states here."""
     backend = find_target(target)
     manager = Manager(recipe, backend.supports)
-    entries, without_gradient = _entries(target, manager, train_graph, eval_graph, seed, wanted)
+    entries, without_gradient = lowered(target, manager, traced)
     state_offset, state_bytes = place_states(entries)
     return Program(
         entries={name: backend.lower(graph) for name, graph in entries.items()},
@@ -405,6 +407,7 @@ def _check_target(options: Options) -> None:
         "frozen_dtype": options.frozen_dtype != "f32",
         "prefix_dtype": options.prefix_dtype != "f32",
         "saved_dtype": options.saved_dtype != "f32",
+        "cache_prefix": options.cache_prefix,
     }
     if unused := next((name for name, is_given in given.items() if is_given), None):
         raise UserError(
@@ -432,57 +435,6 @@ def _check_entries(entries: Collection[str]) -> None:
 def _batchnorm_scales(modules: Mapping[str, str]) -> frozenset[str]:
     """The gammas of all batch norms: policy ``fold`` freezes them."""
     return frozenset(f"{path}.weight" for path, kind in modules.items() if "BatchNorm" in kind)
-
-
-def _entries(
-    target: str, manager: Manager, train_graph: Graph, eval_graph: Graph | None, seed: int, wanted: Collection[str]
-) -> tuple[dict[str, Graph], set[str]]:
-    """The wanted entry graphs, lowered for the target, and the trained parameters that no gradient reaches."""
-    common = manager.run("common", COMMON, _seeded(train_graph, seed))
-    quiet = manager.run("common-eval", COMMON, eval_graph) if eval_graph is not None else common
-    has_loss = manager.recipe.loss is not None
-
-    def entry(name: str, passes: tuple[Pass, ...], graph: Graph) -> Graph:
-        return manager.run(name, (*passes, *LOWERINGS[target]), graph)
-
-    entries = {"train_step": entry("train_step", TRAIN, common)}
-    if target == "native":
-        planned = memory.run(entries["train_step"], manager.recipe.workspace).nbytes
-        tiles = tiles_of(entries["train_step"])
-        manager.recipe = replace(manager.recipe, sufficient=planned, tiles=tiles)
-    if manager.recipe.accumulation > 1:
-        entries["accumulate"] = entry("accumulate", ACCUMULATE, common)
-    if "eval_step" in wanted:
-        entries["eval_step"] = entry("eval_step", EVAL, _without_updates(quiet))
-    predictions = {n: v for n, v in quiet.outputs.items() if has_loss or n != "loss"}
-    if predictions and "infer" in wanted:
-        entries["infer"] = entry("infer", INFER, _only(_without_updates(quiet), predictions))
-    updated = {state.name for state in entries["train_step"].updates}
-    return entries, {name for name in manager.recipe.trained if name not in updated}
-
-
-def _seeded(graph: Graph, seed: int) -> Graph:
-    """The graph with its dropout seed, if it has one, set."""
-    states = {
-        value: replace(state, data=np.asarray(seed, np.int64)) if value.name == "pockc.seed" else state
-        for value, state in graph.states.items()
-    }
-    return replace(graph, states=states)
-
-
-def _without_updates(graph: Graph) -> Graph:
-    return replace(graph, updates={})
-
-
-def _only(graph: Graph, outputs: Mapping[str, Any]) -> Graph:
-    """The part of a graph that some outputs need, inputs included."""
-    live = set(outputs.values())
-    for node in reversed(graph.nodes):
-        if live.intersection(node.outputs):
-            live.update(node.inputs)
-    nodes = tuple(node for node in graph.nodes if live.intersection(node.outputs))
-    inputs = tuple(value for value in graph.inputs if value in live)
-    return replace(graph, inputs=inputs, nodes=nodes, outputs=dict(outputs))
 
 
 def _describe(optimizer: Optimizer) -> dict[str, Any]:

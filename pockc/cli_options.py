@@ -73,7 +73,9 @@ class Choices:
     micro_batch: Annotated[
         int, typer.Option(min=0, help="Samples that run through the step at a time; 0: all, or what a budget needs.")
     ] = 0
-
+    cache_prefix: Annotated[
+        bool, typer.Option("--cache-prefix", help="Also make the entries that `pock-run train --cache-prefix` needs.")
+    ] = False
     target: Annotated[
         str, typer.Option(help="native, or onnxruntime: the same steps as ONNX models for plain ONNX Runtime.")
     ] = "native"
@@ -118,6 +120,7 @@ class Choices:
             "memory_budget": parse_size(self.memory_budget) if self.memory_budget else None,
             "micro_batch": self.micro_batch,
             "target": self.target,
+            "cache_prefix": self.cache_prefix,
         }
 
     def calibration(self) -> Any:

@@ -137,8 +137,17 @@ def test_a_side_with_other_losses_misses_a_bar() -> None:
     assert [bar.met for bar in speed.truth_bars([result])] == [True, False]
 
 
-def test_channels_last_is_a_way_of_images_alone() -> None:
-    ways = ("channels-last", "contiguous", "pockc")
+def test_channels_last_is_a_way_of_images_alone_and_a_cache_one_of_sparse_schemes() -> None:
+    ways = ("channels-last", "contiguous", "pockc", "pockc-cached")
 
-    assert speed.ways_of(speed.CASES[0], ways) == ["pockc", "contiguous", "channels-last"]
-    assert speed.ways_of(speed.CASES[-1], ways) == ["pockc", "contiguous"]
+    assert speed.ways_of(speed.CASES[0], "full", ways) == ["pockc", "contiguous", "channels-last"]
+    assert speed.ways_of(speed.CASES[-1], "sparse", ways) == ["pockc", "pockc-cached", "contiguous"]
+
+
+def test_the_cached_step_has_bars_of_its_own() -> None:
+    full = result_of(0, "full", pockc=10.0, contiguous=20.0, tensorflow=30.0)
+    sparse = result_of(0, "sparse", pockc=5.0, pockc_cached=4.0)
+    missed = {bar.what: bar for bar in speed.bars_of([full, sparse]) if "cached" in bar.what}
+
+    assert missed["vision: full best PyTorch / sparse, cached, geometric mean"].value == pytest.approx(5.0)
+    assert missed["full TensorFlow / sparse, cached, worst case"].value == pytest.approx(7.5)

@@ -77,6 +77,14 @@ const Flag kFlags[] = {
         "--retries", kTrain, &Options::retries, 0,
         "times to go back to the last good state and halve the learning rate when the loss or a state is "
         "NaN or infinite (3)"),
+    text_flag(
+        "--cache-prefix", "DIR", kTrain, &Options::cache_prefix,
+        "keep there what the frozen prefix makes of each sample, for later epochs and runs; needs a program "
+        "built with --cache-prefix"),
+    text_flag("--cache-limit", "SIZE", kTrain, &Options::cache_limit,
+              "that the files there may take together; other samples are computed each time (2GiB)"),
+    text_flag("--cache-dtype", "TYPE", kTrain, &Options::cache_dtype,
+              "how it is kept: f32, which changes no result, or about, in f16 or int8 (f32)"),
     real_flag("--learning-rate", kTrain, &Options::learning_rate,
               "instead of the program's base learning rate"),
     int_flag("--seed", kTrain, &Options::seed, 0, "of the order of samples (0)"),
@@ -125,7 +133,7 @@ bool parse_real(const std::string& text, double* out) {
 bool set_value(const Flag& flag, const std::string& value, Options* options, std::string* error) {
   if (flag.text != nullptr) {
     options->*flag.text = value;
-    if (value.empty()) *error = std::string(flag.name) + " needs a file name";
+    if (value.empty()) *error = std::string(flag.name) + " needs a value: " + flag.value;
     return !value.empty();
   }
   if (flag.integer != nullptr) {
@@ -191,6 +199,38 @@ const char* validation_mistake(const Options& options) {
   return "";
 }
 
+// `2GiB`, `500MB`, `65536`.
+bool parse_size(const std::string& text, uint64_t* out) {
+  static const struct {
+    const char* name;
+    double bytes;
+  } kUnits[] = {{"", 1},     {"B", 1},         {"KB", 1e3},      {"MB", 1e6},
+                {"GB", 1e9}, {"KiB", 1 << 10}, {"MiB", 1 << 20}, {"GiB", 1 << 30}};
+  const size_t end = text.find_first_not_of("0123456789.");
+  double number = 0;
+  if (!parse_real(text.substr(0, end), &number)) return false;
+  const std::string unit = end == std::string::npos ? "" : text.substr(end);
+  for (const auto& row : kUnits) {
+    if (unit != row.name || number * row.bytes >= 1e18) continue;
+    *out = static_cast<uint64_t>(number * row.bytes);
+    return true;
+  }
+  return false;
+}
+
+// Of the flags about the cache: what is wrong with them, or nothing.
+const char* cache_mistake(Options* options) {
+  const std::string& dtype = options->cache_dtype;
+  if (options->cache_prefix.empty() && !options->cache_limit.empty())
+    return "--cache-limit needs --cache-prefix DIR";
+  if (options->cache_prefix.empty() && !dtype.empty()) return "--cache-dtype needs --cache-prefix DIR";
+  if (!dtype.empty() && dtype != "f32" && dtype != "f16" && dtype != "int8")
+    return "--cache-dtype wants f32, f16 or int8";
+  if (!options->cache_limit.empty() && !parse_size(options->cache_limit, &options->cache_bytes))
+    return "--cache-limit wants a size (2GiB, 500MB)";
+  return "";
+}
+
 bool check_complete(const VerbRow& row, Options* given, std::string* error) {
   const bool interval = parse_interval(given);
   const Options& options = *given;
@@ -209,6 +249,7 @@ bool check_complete(const VerbRow& row, Options* given, std::string* error) {
              options.save_interval + "`";
   else
     *error = validation_mistake(options);
+  if (error->empty()) *error = cache_mistake(given);
   return error->empty();
 }
 

@@ -15,6 +15,7 @@ struct Options {
   std::string data, eval, save, checkpoint, output, json;
   std::string validation, save_best;
   std::string save_interval;  // the text of --save-every
+  std::string cache_prefix, cache_limit, cache_dtype;
   int64_t epochs = 1;
   int64_t threads = 1;
   int64_t seed = 0;
@@ -23,6 +24,7 @@ struct Options {
   int64_t max_steps = 0;    // 0: no limit
   double max_seconds = 0;
   double max_megabytes_per_hour = 0;
+  uint64_t cache_bytes = uint64_t{2} << 30;
   int64_t patience = 0;  // epochs without a better validation loss; 0: no early stopping
   double validation_split = 0;
   int64_t retries = 3;  // roll-backs before a run with NaN or infinite values ends

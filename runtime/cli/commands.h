@@ -39,6 +39,8 @@ struct Output {
   const int64_t* integers() const { return static_cast<const int64_t*>(tensor.data); }
 };
 
+class PrefixCaches;
+
 // Where the entry has an output `loss` of one float32, else -1.
 int find_loss(const Program& program, const EntryRecord& entry);
 
@@ -49,7 +51,9 @@ int find_loss(const Program& program, const EntryRecord& entry);
 // not counted); NaN when the program has neither.
 class Evaluator {
  public:
-  Status open(const std::string& path, const Model& model);
+  // With `caches` from that of the name `name`, where the run has caches.
+  Status open(const std::string& path, const Model& model, PrefixCaches* caches = nullptr,
+              const char* name = nullptr);
   // Over some samples of a file that is open already.
   Status open_part(const Dataset& data, std::vector<int64_t> samples, const Model& model);
   Status run(Model* model, bool show_progress);

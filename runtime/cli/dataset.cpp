@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "error.h"
+#include "prefix_cache.h"
 
 namespace pockc::cli {
 namespace {
@@ -70,6 +71,16 @@ Status Dataset::open(const std::string& path, const Program& program, const Entr
 
 Status Dataset::share(const Dataset& other, const Program& program, const EntryRecord& entry) {
   file_ = other.file_;
+  cache_ = other.cache_;
+  batch_ = other.batch_;
+  return bind(program, entry);
+}
+
+Status Dataset::start_behind(PrefixCache* cache, const Program& program, const EntryRecord& entry) {
+  file_ = cache->inputs().file_;
+  cache_ = cache;
+  batch_ = cache->inputs().batch_;
+  samples_ = cache->inputs().samples_;
   return bind(program, entry);
 }
 
@@ -77,9 +88,8 @@ Status Dataset::bind(const Program& program, const EntryRecord& entry) {
   entry_ = entry.name.c_str();
   for (const Argument& input : entry.inputs) {
     const Tensor& type = program.tensors[input.tensor].type;
-    if (type.rank == 0) continue;
+    if (type.rank == 0 || batch_ != 0) continue;
     batch_ = type.dims[0];
-    break;
   }
   columns_.reserve(entry.inputs.size());
   for (const Argument& input : entry.inputs) POCKC_TRY(add_column(program, entry, input));
@@ -90,6 +100,7 @@ Status Dataset::bind(const Program& program, const EntryRecord& entry) {
 std::string Dataset::wanted(const Program& program, const EntryRecord& entry) const {
   std::string text;
   for (const Argument& input : entry.inputs) {
+    if (encoding_of(program, input) >= 0) continue;
     const Tensor& type = program.tensors[input.tensor].type;
     text += (text.empty() ? "" : ", ") + input.name + " " + dtype_name(type.dtype) +
             ShapeText(type.rank, type.dims).text;
@@ -117,6 +128,11 @@ Status Dataset::check_shape(const NumpyArray& array, const Tensor& type, bool pe
 
 Status Dataset::add_column(const Program& program, const EntryRecord& entry, const Argument& input) {
   const Tensor& type = program.tensors[input.tensor].type;
+  const int encoding = encoding_of(program, input);
+  if (encoding >= 0) {
+    push_column(Column{nullptr, true, type.elements() / batch_, {}, encoding}, type, input);
+    return PK_OK;
+  }
   const char* path = file_->path().c_str();
   const NumpyArray* array = file_->find(input.name);
   if (array == nullptr) {
@@ -136,7 +152,12 @@ Status Dataset::add_column(const Program& program, const EntryRecord& entry, con
                 path, array->name.c_str(), array->shape[0], samples_);
   }
   if (per_sample) samples_ = array->shape[0];
-  Column column{array, per_sample, per_sample ? type.elements() / batch_ : type.elements(), {}};
+  push_column(Column{array, per_sample, per_sample ? type.elements() / batch_ : type.elements(), {}, -1},
+              type, input);
+  return PK_OK;
+}
+
+void Dataset::push_column(Column column, const Tensor& type, const Argument& input) {
   if (type.dtype != DType::kF32)
     column.buffer.resize(static_cast<size_t>(type.elements()) * dtype_size(type.dtype) / 8 + 1);
   columns_.push_back(std::move(column));
@@ -144,7 +165,20 @@ Status Dataset::add_column(const Program& program, const EntryRecord& entry, con
   std::memcpy(tensor.dims, type.dims, sizeof(tensor.dims));
   tensors_.push_back(tensor);
   names_.push_back(input.name.c_str());
-  return PK_OK;
+}
+
+int Dataset::encoding_of(const Program& program, const Argument& input) const {
+  return cache_ == nullptr ? -1 : cache_->find(input.name, program.tensors[input.tensor].type);
+}
+
+std::string Dataset::digest() const {
+  std::string text;
+  for (const Column& column : columns_) {
+    if (column.array == nullptr) continue;
+    text +=
+        column.array->name + " " + column.array->describe() + " " + std::to_string(column.array->crc) + "\n";
+  }
+  return text;
 }
 
 Status Dataset::check_finite(const Column& column, const float* values, int64_t sample) const {
@@ -157,11 +191,16 @@ Status Dataset::check_finite(const Column& column, const float* values, int64_t 
   return PK_OK;
 }
 
-Status Dataset::gather(const int64_t* indices, Session* session) {
+Status Dataset::gather(const int64_t* indices, Session* session, int64_t ahead) {
+  if (cache_ != nullptr) POCKC_TRY(cache_->fetch(indices, ahead, session));
   for (size_t c = 0; c < columns_.size(); ++c) {
     Column& column = columns_[c];
     const DType dtype = static_cast<DType>(tensors_[c].dtype);
     if (dtype == DType::kF32) POCKC_TRY(session->input(entry_, names_[c], &tensors_[c]));
+    if (column.array == nullptr) {
+      cache_->copy(column.encoding, tensors_[c].data);
+      continue;
+    }
     const Convert convert = find_conversion(column.array->type, dtype);
     const int64_t sample_bytes = column.elements * static_cast<int64_t>(numpy_type_size(column.array->type));
     const int64_t step = column.elements * static_cast<int64_t>(dtype_size(dtype));

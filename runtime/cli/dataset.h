@@ -11,6 +11,8 @@
 
 namespace pockc::cli {
 
+class PrefixCache;
+
 class Dataset {
  public:
   // Finds one array per input of the entry, by name. The first axis of an array counts samples, the other
@@ -18,16 +20,23 @@ class Dataset {
   // same for every batch. Converted while batches are made: float64 and uint8 to float32; int32 and uint8 to
   // int64.
   Status open(const std::string& path, const Program& program, const EntryRecord& entry);
-  // The same over the file of another data set, which is then in memory once.
+  // The same over the file of another data set, which is then in memory once, and over its cache, if it has
+  // one.
   Status share(const Dataset& other, const Program& program, const EntryRecord& entry);
+  // The same over the file of a cache, which gives what the entry wants beside that: outputs of `encode`.
+  Status start_behind(PrefixCache* cache, const Program& program, const EntryRecord& entry);
 
   int64_t samples() const { return samples_; }
   int64_t batch_size() const { return batch_; }
+  const PrefixCache* cache() const { return cache_; }
+  // Of the contents of the arrays: equal for equal ones.
+  std::string digest() const;
 
   // Makes the batch of these samples, for the next run of the entry and no other: floats in the session's own
   // memory, so that there is no second batch; integers, which are small and read again after the run, here.
-  // NaN and infinite values are an error that names the sample.
-  Status gather(const int64_t* indices, Session* session);
+  // NaN and infinite values are an error that names the sample. `ahead`: how many indices there are, those of
+  // later batches included, which a cache may make use of; 0: those of this batch.
+  Status gather(const int64_t* indices, Session* session, int64_t ahead = 0);
 
   // The batch, as pk_session_run takes it.
   const char* const* names() const { return names_.data(); }
@@ -38,20 +47,24 @@ class Dataset {
 
  private:
   struct Column {
-    const NumpyArray* array;
+    const NumpyArray* array;  // null: from the cache
     bool per_sample;
     int64_t elements;              // of one sample, or of the whole array
     std::vector<uint64_t> buffer;  // the batch of integers; 8-byte elements for their alignment
+    int encoding;                  // which of the cache
   };
 
   Status bind(const Program& program, const EntryRecord& entry);
   Status add_column(const Program& program, const EntryRecord& entry, const Argument& input);
+  void push_column(Column column, const Tensor& type, const Argument& input);
+  int encoding_of(const Program& program, const Argument& input) const;
   Status check_shape(const NumpyArray& array, const Tensor& type, bool per_sample,
                      const EntryRecord& entry) const;
   Status check_finite(const Column& column, const float* values, int64_t sample) const;
   std::string wanted(const Program& program, const EntryRecord& entry) const;
 
   std::shared_ptr<const Npz> file_;
+  PrefixCache* cache_ = nullptr;
   const char* entry_ = nullptr;
   std::vector<Column> columns_;
   std::vector<const char*> names_;

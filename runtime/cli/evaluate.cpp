@@ -5,6 +5,7 @@
 
 #include "commands.h"
 #include "error.h"
+#include "prefix_cache.h"
 
 namespace pockc::cli {
 namespace {
@@ -60,10 +61,14 @@ Status load_weights(Model* model, const Options& options) {
 
 }  // namespace
 
-Status Evaluator::open(const std::string& path, const Model& model) {
+Status Evaluator::open(const std::string& path, const Model& model, PrefixCaches* caches, const char* name) {
   entry_ = model.entry("eval_step");
   if (entry_ == nullptr) return PK_NOT_FOUND;
-  POCKC_TRY(data_.open(path, model.program, *entry_));
+  if (caches == nullptr) {
+    POCKC_TRY(data_.open(path, model.program, *entry_));
+  } else {
+    POCKC_TRY(caches->bind(name, path, model, &entry_, &data_));
+  }
   find_outputs(model);
   return PK_OK;
 }
@@ -71,6 +76,8 @@ Status Evaluator::open(const std::string& path, const Model& model) {
 Status Evaluator::open_part(const Dataset& data, std::vector<int64_t> samples, const Model& model) {
   entry_ = model.entry("eval_step");
   if (entry_ == nullptr) return PK_NOT_FOUND;
+  const EntryRecord* behind = data.cache() == nullptr ? nullptr : encoded_entry(model.program, *entry_);
+  if (behind != nullptr) entry_ = behind;
   POCKC_TRY(data_.share(data, model.program, *entry_));
   part_ = std::move(samples);
   find_outputs(model);

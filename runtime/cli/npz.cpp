@@ -305,6 +305,7 @@ Status Npz::read_array(const Member& member, Bytes bytes) {
                 path_.c_str(), name, bytes.size - head - length, array.bytes);
   }
   array.data = bytes.data + head + length;
+  array.crc = member.crc;
   arrays_.push_back(std::move(array));
   return PK_OK;
 }

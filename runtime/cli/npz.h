@@ -23,6 +23,7 @@ struct NumpyArray {
   std::vector<int64_t> shape;
   const uint8_t* data = nullptr;  // row-major, of any alignment
   uint64_t bytes = 0;
+  uint32_t crc = 0;  // of the member of the archive, header included
 
   std::string describe() const;  // `float32[100,3,32,32]`
 };

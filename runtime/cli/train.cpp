@@ -12,6 +12,7 @@
 #include "commands.h"
 #include "cursor.h"
 #include "error.h"
+#include "prefix_cache.h"
 #include "save_plan.h"
 
 namespace pockc::cli {
@@ -42,7 +43,7 @@ class Trainer {
   int64_t held_out() const;
   Status set_learning_rate();
   Status run_epoch();
-  Status step(const int64_t* indices, float* loss);
+  Status step(float* loss);
   Status finish_epoch();
   Status evaluate_epoch();
   void print_epoch(double loss) const;
@@ -65,6 +66,7 @@ class Trainer {
   const Options& options_;
   Model model_;
   const EntryRecord* entry_ = nullptr;
+  PrefixCaches caches_;
   Dataset data_;
   Evaluator evaluator_;                      // of --eval: reported
   Evaluator validation_;                     // decides
@@ -98,12 +100,13 @@ Status Trainer::open() {
   POCKC_TRY(check_writable(options_.save_best));
   POCKC_TRY(check_writable(options_.json));
   POCKC_TRY(model_.open(options_));
+  POCKC_TRY(caches_.open(options_, model_));
   entry_ = model_.entry("train_step");
   if (entry_ == nullptr) return PK_NOT_FOUND;
+  POCKC_TRY(caches_.bind("train", options_.data, model_, &entry_, &data_));
   const int loss = find_loss(model_.program, *entry_);
   if (loss < 0) return fail(PK_UNSUPPORTED, "`train_step` of this program has no output `loss`");
   outputs_.emplace_back(model_.program, entry_->outputs[loss]);
-  POCKC_TRY(data_.open(options_.data, model_.program, *entry_));
   cursor_.seed = options_.seed;
   cursor_.samples = data_.samples();
   if (options_.resume) POCKC_TRY(resume());
@@ -120,7 +123,7 @@ Status Trainer::open() {
     return fail(PK_BAD_FILE, "%s: step %" PRId64 " of an epoch of %" PRId64 " is out of range",
                 options_.save.c_str(), cursor_.step, batches_);
   }
-  if (!options_.eval.empty()) POCKC_TRY(evaluator_.open(options_.eval, model_));
+  if (!options_.eval.empty()) POCKC_TRY(evaluator_.open(options_.eval, model_, &caches_, "eval"));
   start_ = cursor_;
   POCKC_TRY(set_learning_rate());
   for (const StateRecord& state : model_.program.states) {
@@ -138,7 +141,8 @@ int64_t Trainer::held_out() const {
 
 // The samples held back are a function of the seed and their number alone: the same ones after a resume.
 Status Trainer::open_validation() {
-  if (!options_.validation.empty()) POCKC_TRY(validation_.open(options_.validation, model_));
+  if (!options_.validation.empty())
+    POCKC_TRY(validation_.open(options_.validation, model_, &caches_, "validation"));
   if (options_.validation_split > 0) {
     cursor_.held_out = held_out();
     training_.resize(static_cast<size_t>(data_.samples()));
@@ -229,7 +233,7 @@ Status Trainer::run_epoch() {
     Progress progress(title, batches_, !options_.quiet);
     while (cursor_.step < batches_) {
       float loss = 0;
-      POCKC_TRY(step(order_.data() + cursor_.step * data_.batch_size(), &loss));
+      POCKC_TRY(step(&loss));
       if (!std::isfinite(loss)) return roll_back(describe_bad_loss(loss));
       cursor_.loss_sum += static_cast<double>(loss);
       ++cursor_.step;
@@ -249,11 +253,15 @@ Status Trainer::run_epoch() {
   return finish_epoch();
 }
 
-Status Trainer::step(const int64_t* indices, float* loss) {
-  POCKC_TRY(data_.gather(indices, &model_.session));
-  const char* name = outputs_[0].name;
+// The time of a step is that of its calls; where these are in two entries, with what lies between them.
+Status Trainer::step(float* loss) {
+  const int64_t first = cursor_.step * data_.batch_size();
+  const int64_t ahead = batches_ * data_.batch_size() - first;
   timer_.start();
-  POCKC_TRY(model_.session.run("train_step", data_.names(), data_.tensors(), data_.count(), &name,
+  POCKC_TRY(data_.gather(order_.data() + first, &model_.session, ahead));
+  const char* name = outputs_[0].name;
+  if (data_.cache() == nullptr) timer_.start();
+  POCKC_TRY(model_.session.run(entry_->name.c_str(), data_.names(), data_.tensors(), data_.count(), &name,
                                &outputs_[0].tensor, 1));
   timer_.stop();
   ++steps_done_;
@@ -426,6 +434,7 @@ Status Trainer::report() const {
   std::string epochs;
   for (const std::string& epoch : epochs_json_) epochs += (epochs.empty() ? "" : ", ") + epoch;
   report.add_json("epochs", "[" + epochs + "]");
+  caches_.describe(&report);
   model_.describe(&report);
   return write_report(options_.json, report.text() + "\n");
 }

@@ -57,6 +57,9 @@ const FileSystem& posix_file_system() {
       ::close,
       ::rename,
       ::unlink,
+      ::pread,
+      ::pwrite,
+      ::ftruncate,
   };
   return system;
 }

@@ -37,7 +37,8 @@ class MappedFile {
   bool borrowed_ = false;
 };
 
-// What a write needs of the system; the signatures and results are those of POSIX.
+// What writes, and files that are written in place, need of the system; the signatures and results are those
+// of POSIX.
 struct FileSystem {
   int (*open)(const char* path, int flags, mode_t mode);
   ssize_t (*write)(int file, const void* data, size_t size);
@@ -45,6 +46,9 @@ struct FileSystem {
   int (*close)(int file);
   int (*rename)(const char* from, const char* to);
   int (*unlink)(const char* path);
+  ssize_t (*pread)(int file, void* data, size_t size, off_t offset);
+  ssize_t (*pwrite)(int file, const void* data, size_t size, off_t offset);
+  int (*ftruncate)(int file, off_t size);
 };
 
 const FileSystem& posix_file_system();

@@ -10,6 +10,19 @@
 namespace pockc {
 namespace {
 
+// Entries that update, and what runs in their place until gradients are complete.
+constexpr struct {
+  const char* step;
+  const char* micro;
+} kMicroSteps[] = {{"train_step", "accumulate"}, {"train_step_encoded", "accumulate_encoded"}};
+
+bool is_step(const char* name) {
+  for (const auto& pair : kMicroSteps) {
+    if (std::strcmp(name, pair.step) == 0) return true;
+  }
+  return false;
+}
+
 const Argument* find_argument(const std::vector<Argument>& arguments, const char* name) {
   for (const Argument& argument : arguments) {
     if (argument.name == name) return &argument;
@@ -76,15 +89,17 @@ ShapeText::ShapeText(int32_t rank, const int64_t* dims) {
   text[length] = '\0';
 }
 
-// With gradient accumulation, a call of "train_step" is a micro-step until the last one of the group.
+// With gradient accumulation, a call of "train_step" is a micro-step until the last one of the group; so is
+// one of "train_step_encoded", which starts behind the frozen prefix.
 Status Session::select_entry(const char* name, const BoundEntry** entry) const {
   const bool accumulates = program_->accumulation > 1;
-  if (accumulates && std::strcmp(name, "accumulate") == 0) {
-    return fail(PK_INVALID_ARGUMENT, "run `train_step`: it takes care of `accumulate`");
+  const char* wanted = name;
+  for (const auto& pair : kMicroSteps) {
+    if (accumulates && std::strcmp(name, pair.micro) == 0)
+      return fail(PK_INVALID_ARGUMENT, "run `%s`: it takes care of `%s`", pair.step, pair.micro);
+    if (accumulates && std::strcmp(name, pair.step) == 0 && micro_step_ + 1 < program_->accumulation)
+      wanted = pair.micro;
   }
-  const bool micro =
-      accumulates && std::strcmp(name, "train_step") == 0 && micro_step_ + 1 < program_->accumulation;
-  const char* wanted = micro ? "accumulate" : name;
   for (const BoundEntry& candidate : entries_) {
     if (candidate.record->name != wanted) continue;
     *entry = &candidate;
@@ -190,7 +205,7 @@ Status Session::run(const char* name, const char* const* input_names, const pk_t
   POCKC_TRY(copy_inputs(*entry->record, input_names, inputs, input_count));
   clear_error();
   POCKC_TRY(run_calls(*entry));
-  if (program_->accumulation > 1 && std::strcmp(name, "train_step") == 0) {
+  if (program_->accumulation > 1 && is_step(name)) {
     micro_step_ = (micro_step_ + 1) % program_->accumulation;
   }
   for (int32_t i = 0; i < output_count; ++i) {

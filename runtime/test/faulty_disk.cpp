@@ -90,6 +90,14 @@ const FileSystem& faulty_disk() {
       },
       [](const char* from, const char* to) { return attempt([&] { return ::rename(from, to); }); },
       [](const char* path) { return attempt([&] { return ::unlink(path); }); },
+      [](int file, void* data, size_t size, off_t offset) {
+        return attempt([&] { return ::pread(file, data, size, offset); });
+      },
+      [](int file, const void* data, size_t size, off_t offset) {
+        return attempt([&] { return ::pwrite(file, data, size, offset); },
+                       [&] { return ::pwrite(file, data, size / 2, offset); });
+      },
+      [](int file, off_t size) { return attempt([&] { return ::ftruncate(file, size); }); },
   };
   return disk;
 }
@@ -130,6 +138,9 @@ const FileSystem& recording_disk() {
         record(DiskCall::kOther);
         return ::unlink(path);
       },
+      ::pread,
+      ::pwrite,
+      ::ftruncate,
   };
   return disk;
 }

@@ -22,7 +22,8 @@ enum class Fault {
   kDieAfter,    // the process ends after the call
 };
 
-// Call number `at` (from 0) of open, write, fsync, close, rename and unlink together has the fault.
+// Call number `at` (from 0) of open, write, fsync, close, rename, unlink, pread, pwrite and ftruncate
+// together has the fault.
 void set_fault(Fault fault, int64_t at, int code);
 int64_t calls_seen();  // since set_fault
 const FileSystem& faulty_disk();

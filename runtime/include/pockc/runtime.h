@@ -96,7 +96,8 @@ PK_API pk_status pk_session_input(pk_session* session, const char* entry, const 
 /* Runs one entry. `inputs` are copied in first, matched by name, all must be there; one that has the pointer
  * of pk_session_input is in place already, any other pointer into the arena is refused. `outputs` are copied
  * out last, any subset of the entry's outputs. With gradient accumulation, "train_step" takes care of the
- * micro-step. */
+ * micro-step. Programs built with a cache for the frozen prefix also have "encode", which runs that alone,
+ * and "train_step_encoded" and "eval_step_encoded", which take its outputs as inputs of the same names. */
 PK_API pk_status pk_session_run(pk_session* session, const char* entry, const char* const* input_names,
                                 const pk_tensor* inputs, int32_t input_count, const char* const* output_names,
                                 const pk_tensor* outputs, int32_t output_count);
