@@ -57,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def board_root(folder: Path) -> Path:
-    """What qemu shows of a board's file system: ONNX Runtime crashes where the description of the CPU is that of x86."""
+    """What qemu shows of a board's file system: ONNX Runtime crashes where that describes an x86."""
     root, cpus = folder / "root", folder / "root" / "sys" / "devices" / "system" / "cpu"
     if not root.exists():
         (root / "proc").mkdir(parents=True)
