@@ -1,6 +1,7 @@
 #!/bin/sh
 # Fuzzes every target for a third of SECONDS, from the clone's root, after `make asan`: with libFuzzer where a clang++
-# has it, else, or where the last argument is `driver`, with the driver in build/asan. Corpora and failing inputs are in build/fuzz.
+# has it, else, or where the last argument is `driver`, with the driver in build/asan. Corpora and failing inputs are in
+# build/fuzz.
 #   sh runtime/fuzz/run.sh SECONDS PYTHON CMAKE NINJA [driver]
 set -eu
 each=$(($1 / 3))
