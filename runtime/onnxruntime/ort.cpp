@@ -149,7 +149,7 @@ void Model::release_values() {
     for (void* value : *values) call<void>(kReleaseValue, value);
     values->clear();
   }
-  bound_ = nullptr;
+  is_bound_ = false;
 }
 
 Status Model::bind(const Call& call) {
@@ -168,6 +168,7 @@ Status Model::bind(const Call& call) {
     (i < inputs ? inputs_ : outputs_).push_back(value);
   }
   bound_ = call.inputs;
+  is_bound_ = true;
   return PK_OK;
 }
 

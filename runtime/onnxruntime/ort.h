@@ -23,14 +23,15 @@ class Model {
   Status bind(const Call& call);
   Status run();
 
-  bool is_bound_to(const Call& call) const { return bound_ != nullptr && bound_ == call.inputs; }
+  bool is_bound_to(const Call& call) const { return is_bound_ && bound_ == call.inputs; }
 
  private:
   void release_values();
   Status read_names(bool inputs, std::vector<std::string>* names) const;
 
   void* session_ = nullptr;
-  const Tensor* bound_ = nullptr;  // the operands that the values are made of
+  bool is_bound_ = false;
+  Operands bound_;  // that the values are made of
   std::vector<std::string> input_names_, output_names_;
   std::vector<void*> inputs_, outputs_;  // OrtValue*
 };

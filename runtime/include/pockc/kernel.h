@@ -61,6 +61,8 @@ class Operands {
   Operands() = default;
   explicit Operands(const Tensor* const* list) : list_(list) {}
   __attribute__((always_inline)) const Tensor& operator[](int64_t index) const { return *list_[index]; }
+  // Whether these are the operands of the same call of the same session.
+  bool operator==(const Operands& other) const { return list_ == other.list_; }
 
  private:
   const Tensor* const* list_ = nullptr;
