@@ -93,6 +93,7 @@ const Flag kFlags[] = {
     text_flag("--checkpoint", "FILE", kEval | kInfer, &Options::checkpoint, "use its weights"),
     text_flag("--output", "FILE.npz", kInfer, &Options::output, "where the outputs go (-o)"),
     int_flag("--steps", kBench, &Options::steps, 1, "steps to time (50)"),
+    text_flag("--entry", "NAME", kBench, &Options::entry, "what a step is (train_step)"),
     bool_flag("--read-weights", kBench, &Options::read_weights,
               "read all mapped weights first, so that resident memory counts them"),
     bool_flag("--profile", kBench, &Options::profile, "show where the time of a step goes, call by call"),

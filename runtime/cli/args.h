@@ -34,6 +34,7 @@ struct Options {
   bool resume = false;
   bool read_weights = false;
   bool profile = false;
+  std::string entry = "train_step";
   bool quiet = false;
   bool help = false;
   const FileSystem* file_system = &posix_file_system();  // of checkpoints; for tests that make the disk fail

@@ -1,4 +1,4 @@
-// bench: training steps on made-up samples, timed one by one.
+// bench: steps of one entry on made-up samples, timed one by one.
 #include <cstdio>
 #include <cstring>
 
@@ -65,7 +65,7 @@ Status time_steps(Model* model, const EntryRecord* entry, int64_t steps, StepTim
     }
     POCKC_TRY(fill_inputs(&model->session, *entry, &tensors));
     timer->start();
-    POCKC_TRY(model->session.run("train_step", names.data(), tensors.data(),
+    POCKC_TRY(model->session.run(entry->name.c_str(), names.data(), tensors.data(),
                                  static_cast<int32_t>(tensors.size()), nullptr, nullptr, 0));
     timer->stop();
   }
@@ -79,7 +79,7 @@ int bench(const Options& options) {
   StepTimer first, timer;
   if (model.open(options) != PK_OK) return report_failure();
   if (options.read_weights) read_weights(model.program);
-  const EntryRecord* entry = model.entry("train_step");
+  const EntryRecord* entry = model.entry(options.entry.c_str());
   if (entry == nullptr) return report_failure();
   Profile profile(*entry);
   if (options.profile) model.session.set_observer(&profile);

@@ -281,6 +281,11 @@ TEST("bench and info run") {
         report.find("arena_bytes")->integer + report.find("mapped_bytes")->integer);
   CHECK(report.find("rss_added_peak_bytes")->integer > 0);
   CHECK(report.find("cpu_features")->kind == Json::Kind::kString);
+  CHECK(report.find("cpu_load_ms")->number > 0 && report.find("cpu_first_step_ms")->number > 0);
+  workspace.options.entry = "eval_step";
+  CHECK(bench(workspace.options) == 0);
+  workspace.options.entry = "none";
+  CHECK(bench(workspace.options) == 1);
   CHECK(info(workspace.options) == 0);
   workspace.options.model = workspace.directory.path("none.pock");
   CHECK(info(workspace.options) == 1);
