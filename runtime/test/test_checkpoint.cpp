@@ -46,6 +46,9 @@ const FileSystem kFaulty = {
     },
     [](const char* from, const char* to) { return refuse() ? -1 : ::rename(from, to); },
     [](const char* path) { return ::unlink(path); },
+    ::pread,
+    ::pwrite,
+    ::ftruncate,
 };
 
 struct Direct {
