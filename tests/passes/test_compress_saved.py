@@ -33,7 +33,7 @@ def gelu_network(width: int = 256) -> tuple[torch.nn.Module, dict[str, torch.Ten
 def built(tmp_path: Path, name: str, **options: Any) -> tuple[pockc.Program, list[float], dict[str, np.ndarray]]:
     """A program of the network, the losses of 30 steps on one batch, and the parameters after the first."""
     model, inputs = gelu_network()
-    program = pockc.build(model, inputs, optimizer=SGD(lr=0.05, momentum=0.9), **options)
+    program = pockc.build(model, inputs, optimizer=SGD(lr=0.5, momentum=0.9), **options)
     program.save(path := tmp_path / f"{name}.pock")
     batch = {"input": inputs["input"].numpy(), "labels": np.arange(ROWS) % 10}
     with pockc.Session(path) as session:
@@ -64,7 +64,7 @@ def test_training_needs_less_and_gets_as_far(tmp_path: Path) -> None:
         assert np.linalg.norm(step - exact_step) <= 0.02 * np.linalg.norm(exact_step), name
         assert "bias" in name or not np.array_equal(step, exact_step), name
     gained, exactly = losses[0] - losses[-1], exact_losses[0] - exact_losses[-1]
-    assert exactly > 0.001
+    assert exactly > 0.05
     assert gained == pytest.approx(exactly, rel=0.05)
 
 
