@@ -27,7 +27,7 @@ test test-python test-page test-cross test-cross-onnx test-toolchains test-jni w
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup runtime asan data lint test fuzz test-cpp test-python test-page qemu test-cross test-cross-onnx test-toolchains test-jni wheel-aarch64 demo verify-zoo verify-edge verify-onnx bench-memory peers bench-speed bench-all bench-kernels bench-ablate bench-instructions sweep update-golden clean distclean
+.PHONY: help setup runtime asan data lint test fuzz test-cpp test-python test-page qemu test-cross test-cross-onnx test-toolchains test-jni wheel-aarch64 demo verify-zoo verify-edge verify-onnx bench-memory peers bench-speed bench-all bench-scaling bench-kernels bench-ablate bench-instructions sweep update-golden clean distclean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{ printf "  make %-19s %s\n", $$1, $$2 }'
@@ -170,7 +170,7 @@ $(PEERS_DIR)/%/.stamp: benchmarks/speed_sides/requirements/%.txt | $(SETUP_STAMP
 	@touch $@
 
 # They export models with PyTorch, that of .venv: what is not in their own environment is looked for there.
-$(PEERS_DIR)/onnxruntime/.stamp: NEEDS_PYTORCH = yes
+$(PEERS_DIR)/onnxruntime/.stamp $(PEERS_DIR)/executorch/.stamp: NEEDS_PYTORCH = yes
 SITE_PACKAGES = -c 'import site; print(site.getsitepackages()[0])'
 
 # PyTorch alone, and no longer than this compiles: what is compiled is kept, and the next run goes on from there.
@@ -179,6 +179,9 @@ bench-speed: setup ## Compare the time of a training step with PyTorch's: tables
 
 bench-all: setup peers ## The same with all peers, on one thread and on two; takes hours the first time
 	$(BIN)/python -m benchmarks.speed --ways all --threads 1 2 --output out/speed-all.json
+
+bench-scaling: setup ## Show how the time of a step grows with the batch and with the sequence
+	$(BIN)/python -m benchmarks.scaling
 
 bench-kernels: setup ## Show what each kernel reaches of this machine's limits, and PyTorch beside it
 	$(BIN)/python -m benchmarks.kernels

@@ -100,6 +100,7 @@ WAYS: dict[str, Way] = {
     "tensorflow": Way("tensorflow_side", environment="tensorflow"),
     "jax": Way("jax_side", environment="jax"),
     "onnxruntime": Way("onnxruntime_side", environment="onnxruntime"),
+    "executorch": Way("executorch_side", environment="executorch"),
 }
 
 
@@ -126,13 +127,14 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A case with a scheme on some threads: what each side took, or why it has no figure."""
+    """A case with a scheme on some threads: what each side took, or why it has no figure; the trained parameters."""
 
     case: Case
     scheme: str
     threads: int
     timings: dict[str, Timing]
     errors: dict[str, str]
+    trained: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
@@ -270,7 +272,7 @@ def measure(case: Case, scheme: str, sides: Sides, folder: Path, seconds: float)
         )
         for way in believed
     }
-    return Result(case, scheme, sides.threads, timings, errors)
+    return Result(case, scheme, sides.threads, timings, errors, task.trained)
 
 
 def _real_steps(side: Side) -> Steps:

@@ -26,7 +26,7 @@ _LIBRARIES = ("pockc", "torch", "tensorflow-cpu", "jax", "jaxlib", "onnxruntime-
 CACHED = "pockc-cached"
 
 # Sides beside PyTorch; what they cannot run is listed with their error.
-PEERS = ("tensorflow", "jax", "onnxruntime")
+PEERS = ("tensorflow", "jax", "onnxruntime", "executorch")
 
 
 @dataclass(frozen=True, slots=True)
