@@ -4,7 +4,7 @@ Operands are those of the op's kernel: images [N, H, W, C], weights [O, kernel h
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
+
+from pockc.ops.winograd import TILES
 
 Array = NDArray[Any]
 
@@ -143,7 +145,25 @@ def _convolutions(kind: str, window: Window) -> Iterator[KernelCase]:
                      attrs={"kernel": kernel, **attrs}, pytorch=grad_weight)  # fmt: skip
 
 
+def _frozen(window: Window) -> Iterator[KernelCase]:
+    """The ways to compute a frozen 3x3 convolution; all are credited with the operations of the direct one."""
+    direct = replace(next(_convolutions("dense 3x3", window)), group="frozen 3x3")
+    yield replace(direct, title=f"{window.title} direct")
+    for outputs in TILES:
+        yield replace(
+            direct,
+            title=f"{window.title} F({outputs}x{outputs},3x3)",
+            op="conv2d_winograd",
+            attrs={"outputs": outputs, "padding": (1,) * 4},
+        )
+
+
 _DENSE = (Window(1, 56, 64, 64, 3), Window(1, 28, 128, 128, 3), Window(1, 14, 256, 256, 3), Window(8, 7, 512, 512, 3))
+_FROZEN = tuple(
+    Window(batch, size, channels, channels, 3)
+    for batch in (1, 8)
+    for channels, size in ((64, 56), (128, 28), (256, 14), (512, 7))
+)
 _STEMS = (Window(1, 224, 3, 64, 7, 2), Window(1, 224, 3, 32, 3, 2))
 _POINTWISE = (Window(1, 112, 32, 16, 1), Window(1, 56, 24, 144, 1), Window(1, 56, 144, 24, 1),
               Window(8, 14, 96, 576, 1),
@@ -269,6 +289,7 @@ CASES: tuple[KernelCase, ...] = (
     _gemm("3072x768x1024 weight gradient", 3072, 768, 1024, transposed="a", group="linear"),
     _gemm("768x3072x1024 weight gradient", 768, 3072, 1024, transposed="a", group="linear"),
     *(case for window in _DENSE for case in _convolutions("dense 3x3", window)),
+    *(case for window in _FROZEN for case in _frozen(window)),
     *(case for window in _STEMS for case in _convolutions("stem", window)),
     *(case for window in _POINTWISE for case in _convolutions("pointwise", window)),
     *(case for window in _DEPTHWISE for case in _convolutions("depthwise", window)),

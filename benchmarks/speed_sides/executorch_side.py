@@ -15,6 +15,7 @@ from executorch.extension import training
 from torch import Tensor, nn
 from torch.export import export
 from torch.export.experimental import _export_forward_backward
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import memory_peer, pytorch_peer, zoo
 from benchmarks.speed_sides import protocol
@@ -45,18 +46,20 @@ class ExecuTorchStep:
             parameter.requires_grad_(name in trained)
         batch = memory_peer.batch_of(inputs, task.loss)
         self.batch = tuple(batch.values())
-        joint = _export_forward_backward(export(WithLoss(model, list(batch), task.loss), self.batch, strict=True))
+        with sdpa_kernel(SDPBackend.MATH):  # of fused attention it has no gradient
+            joint = _export_forward_backward(export(WithLoss(model, list(batch), task.loss), self.batch, strict=True))
         buffer = to_edge(joint).to_executorch().buffer
         self.module = training._load_for_executorch_for_training_from_buffer(buffer)
+        self.module.forward_backward("forward", self.batch)  # it knows no parameter before
         self.optimizer_with: Callable[[float], Any] = lambda rate: training.get_sgd_optimizer(
-            self.module.named_parameters("forward"), rate, 0.0, 0.0, 0.0, False
+            self.module.named_parameters(), rate, 0.0, 0.0, 0.0, False
         )
         self.optimizer = self.optimizer_with(task.learning_rate)
 
     def run(self) -> float:
         """One step."""
         loss = self.module.forward_backward("forward", self.batch)[0]
-        self.optimizer.step(self.module.named_gradients("forward"))
+        self.optimizer.step(self.module.named_gradients())
         return float(loss)
 
     def stop_learning(self) -> None:
