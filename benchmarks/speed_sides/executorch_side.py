@@ -48,8 +48,8 @@ class ExecuTorchStep:
         self.batch = tuple(batch.values())
         with sdpa_kernel(SDPBackend.MATH):  # of fused attention it has no gradient
             joint = _export_forward_backward(export(WithLoss(model, list(batch), task.loss), self.batch, strict=True))
-        buffer = to_edge(joint).to_executorch().buffer
-        self.module = training._load_for_executorch_for_training_from_buffer(buffer)
+        self.buffer = to_edge(joint).to_executorch().buffer  # the module reads it, and does not keep it alive
+        self.module = training._load_for_executorch_for_training_from_buffer(self.buffer)
         self.module.forward_backward("forward", self.batch)  # it knows no parameter before
         self.optimizer_with: Callable[[float], Any] = lambda rate: training.get_sgd_optimizer(
             self.module.named_parameters(), rate, 0.0, 0.0, 0.0, False
