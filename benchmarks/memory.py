@@ -316,7 +316,24 @@ def run(
     known = known_answers(pytorch_from)
     results = [measure(case, known) for case in cases]
     eight_bits = memory_int8.measure(small=quick) if any(case.key == memory_int8.CASE for case in cases) else []
-    constrained = memory_budget.measure(budgets, small=quick)
+
+    def keep(found: Sequence[memory_budget.Constrained]) -> None:
+        """Shows and writes what there is, so that a run that is stopped has told it."""
+        print(memory_budget.progress(found[-1]), flush=True)
+        known_bars = [bar for result in found for bar in result.bars()]
+        report.write_json(
+            output,
+            {
+                "machine": report.machine(),
+                "quick": quick,
+                "complete": False,
+                "cases": [result.as_json() for result in results],
+                "budgets": [result.as_json() for result in found],
+                "bars": [bar.as_json() for bar in known_bars],
+            },
+        )
+
+    constrained = memory_budget.measure(budgets, small=quick, each=keep)
     tightness = [result.plan.tightness for result in results]
     tightness += memory_plans.measure_tightness(random_schemes, small=quick) if random_schemes else []
     published = memory_plans.plan_published() if len(cases) == len(CASES) and not quick else []
@@ -339,6 +356,7 @@ def run(
     content = {
         "machine": report.machine(),
         "quick": quick,
+        "complete": True,
         "seconds": time.perf_counter() - started,
         "pytorch_from_earlier_run": bool(known),
         "cases": [result.as_json() for result in results],
