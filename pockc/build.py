@@ -222,7 +222,9 @@ def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
     budget = options.memory_budget
     known: Known | None = None if budget is None else {}  # plans under a budget have most of their graphs in common
 
-    def planned(recipe: Recipe, traced: Traced = traced) -> Program:
+    def planned(recipe: Recipe, only_step: bool = False, traced: Traced = traced) -> Program:
+        if only_step:
+            traced = replace(traced, wanted=("train_step",))
         make = partial(_plan, known) if options.target == "native" else partial(_lower, options.target)
         return make(recipe, traced)
 
@@ -254,7 +256,7 @@ def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
     if options.compare_full and options.target == "native":
         full = replace(recipe, trained=resolved("full"), decisions={})
         same = full.trained == recipe.trained and budget is None
-        memory_of_full = program if same else planned(full, replace(traced, cache_prefix=False))
+        memory_of_full = program if same else planned(full, traced=replace(traced, cache_prefix=False))
         metadata["full_memory"] = memory_of_full.memory.totals()
     return replace(program, metadata=metadata)
 

@@ -148,6 +148,7 @@ class Manager:
     known: Known | None = None  # shared by managers whose recipes differ in the memory target alone
     timings: list[tuple[str, str, float, int]] = field(default_factory=list)  # entry, pass, ms, nodes after
     optional_run: int = 0
+    checked: set[Node] = field(default_factory=set)  # by the verifier, which finds most nodes again after each pass
 
     def run(self, entry: str, passes: Sequence[Pass], graph: Graph) -> Graph:
         """The graph after these passes. UserErrors pass through; anything else becomes an InternalError."""
@@ -215,7 +216,7 @@ class Manager:
         level = os.environ.get("POCKC_VERIFY", "1")
         if level == "0":
             return
-        verify(graph, legality, self.supports)
+        verify(graph, legality, self.supports, self.checked)
         if level == "2":
             from pockc.text import parse, show  # only this debugging level needs the parser
 
