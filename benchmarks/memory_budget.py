@@ -26,7 +26,8 @@ from pockc.parity import LOSS_TOLERANCE, batches
 
 SHARES = (1.0, 0.75, 0.5, 0.35)  # of the peak without a budget
 LOSS_STEPS = 5
-ROUNDS = 3  # of timing: in each, the program and that without a budget run one step after another that is not counted
+ROUNDS = (3, 15)  # of timing, at the least and at the most: in each, both programs run a step after an untimed one
+TIMED_SECONDS = 20  # about: slow programs get fewer rounds
 SEED = 0  # of the batches
 
 # Every parameter is trained, with plain SGD: there is no optimizer state, and activations are most of the peak.
@@ -52,6 +53,7 @@ class Built:
     losses: tuple[float, ...]
     decisions: Mapping[str, Any]  # metadata["budget"]
     seconds: float  # of the processor, to build it
+    step_seconds: float  # about
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +184,9 @@ class _Model:
     def _timed(self, built: Built, free: Built) -> tuple[float, float]:
         """CPU milliseconds of a step of both, in turns, so that a busy spell of the machine hits them alike."""
         files = {"within": built.file, "without": free.file}
-        by_round, _ = time_in_turn(files, "train_step", ROUNDS, rounds=ROUNDS, warm_up=1)
+        least, most = ROUNDS
+        rounds = max(least, min(most, int(TIMED_SECONDS / (2 * (built.step_seconds + free.step_seconds)))))
+        by_round, _ = time_in_turn(files, "train_step", rounds, rounds=rounds, warm_up=1)
         within, without = (median(sum(by_round[name], ())) for name in files)
         return within, without
 
@@ -195,12 +199,15 @@ class _Model:
         seconds = time.process_time() - started
         file = self.folder / f"{budget}.pock"
         program.save(file)
+        started = time.process_time()
         with pockc.Session(file) as session:
             losses = tuple(session.train_step(**batch) for batch in self._batches(program))
             memory = session.memory
         taken = memory.arena_bytes + memory.mapped_bytes
         decisions = program.metadata.get("budget", {})
-        self.built[budget] = Built(file, program.memory.peak_bytes, taken, losses, decisions, seconds)
+        step_seconds = (time.process_time() - started) / LOSS_STEPS
+        peak = program.memory.peak_bytes
+        self.built[budget] = Built(file, peak, taken, losses, decisions, seconds, step_seconds)
         limits = "no budget" if budget is None else f"{report.megabytes(budget)} MB"
         print(
             f"{self.name}, {limits}: {report.megabytes(taken)} MB, built in {seconds:.0f} s",

@@ -62,7 +62,7 @@ class _ListScheduler:
         self.waiting = [mask.bit_count() for mask in problem.before]
         self.done, self.live = 0, problem.initial
         self.has_run = bytearray(problem.count)
-        self.ready = _Queue(problem.count)  # by rank, the bytes that a ready node adds while it runs
+        self.ready = Queue(problem.count)  # by rank, the bytes that a ready node adds while it runs
         self.added = [0] * problem.count  # bytes that a ready node leaves alive in addition
         self.doubtful: list[int] = []  # ready nodes whose chain may have become free
         self.blocked: list[tuple[int, int]] = []  # free chains that did not fit: a heap of bytes needed, and nodes
@@ -144,7 +144,7 @@ class _ListScheduler:
         return self.priority[self.ready.first(max(self.bound - self.live, self.ready.least))]
 
 
-class _Queue:
+class Queue:
     """A weight per place, and the first place that has at most some weight: the least of two, of four, and so on."""
 
     ABSENT = sys.maxsize
