@@ -16,8 +16,7 @@ from pockc.recipe import Recipe
 ATTEMPTS = 5  # targets that are tried before the smallest program
 TIGHT = 0.92  # of the budget: a plan that uses as much is not worth another attempt
 
-Plan = Callable[[Recipe, bool], Program]
-STEP, ALL = True, False  # the second argument of a plan: with the training step alone, or with every entry
+Plan = Callable[[Recipe, int | None], Program]
 
 
 def within(budget: int, recipe: Recipe, plan: Plan) -> Program:
@@ -28,12 +27,13 @@ def within(budget: int, recipe: Recipe, plan: Plan) -> Program:
     Args:
         budget: bytes that arena and mapped weights may occupy together.
         recipe: everything else.
-        plan: makes a program, with the training step alone if asked to; notes its choice in the recipe's ``decisions``.
+        plan: makes a program; where its training step alone takes more bytes than the limit that is given, the other
+            entries may be left out. Notes its choice in the recipe's ``decisions``.
 
     Raises:
         BudgetError: even the smallest program is larger.
     """
-    unconstrained = plan(recipe, ALL)
+    unconstrained = plan(recipe, None)
     peak = unconstrained.memory.peak_bytes
     if peak <= budget:
         return _noted(unconstrained, recipe, budget, peak)
@@ -41,7 +41,7 @@ def within(budget: int, recipe: Recipe, plan: Plan) -> Program:
     if found := _fastest(budget, budget - fixed, recipe, plan):
         return _noted(*found, budget, peak)
     trial = replace(recipe, transient_target=0, decisions={})
-    program = plan(trial, ALL)
+    program = plan(trial, None)
     smallest = program.memory.peak_bytes
     if smallest > budget:
         raise BudgetError(
@@ -60,9 +60,7 @@ def _fastest(budget: int, target: int, recipe: Recipe, plan: Plan) -> tuple[Prog
         if target <= 0:
             break
         trial = replace(recipe, transient_target=target, decisions={})
-        program = plan(trial, STEP)  # where that is too large, the other entries do not matter
-        if program.memory.peak_bytes <= budget:
-            program = plan(trial, ALL)
+        program = plan(trial, budget)
         peak = program.memory.peak_bytes
         if peak > budget:
             too_high = target

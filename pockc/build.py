@@ -222,11 +222,14 @@ def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
     budget = options.memory_budget
     known: Known | None = None if budget is None else {}  # plans under a budget have most of their graphs in common
 
-    def planned(recipe: Recipe, only_step: bool = False, traced: Traced = traced) -> Program:
-        if only_step:
-            traced = replace(traced, wanted=("train_step",))
-        make = partial(_plan, known) if options.target == "native" else partial(_lower, options.target)
-        return make(recipe, traced)
+    def planned(recipe: Recipe, limit: int | None = None) -> Program:
+        if options.target != "native":
+            return _lower(options.target, recipe, traced)
+        if limit is not None and not traced.cache_prefix:
+            step = _plan(recipe, replace(traced, wanted=("train_step",)), known)
+            if step.memory.peak_bytes > limit:
+                return step
+        return _plan(recipe, traced, known)
 
     program = planned(recipe) if budget is None else within(budget, recipe, planned)
     without_gradient = program.metadata["without_gradient"]
@@ -256,7 +259,7 @@ def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
     if options.compare_full and options.target == "native":
         full = replace(recipe, trained=resolved("full"), decisions={})
         same = full.trained == recipe.trained and budget is None
-        memory_of_full = program if same else planned(full, traced=replace(traced, cache_prefix=False))
+        memory_of_full = program if same else _plan(full, replace(traced, cache_prefix=False))
         metadata["full_memory"] = memory_of_full.memory.totals()
     return replace(program, metadata=metadata)
 
@@ -288,7 +291,7 @@ def _mapped(example_inputs: Inputs, function: Callable[..., Any]) -> Inputs:
     return tuple(map(function, example_inputs))
 
 
-def _plan(known: Known | None, recipe: Recipe, traced: Traced) -> Program:
+def _plan(recipe: Recipe, traced: Traced, known: Known | None = None) -> Program:
     """A program from training and evaluation graph, whose metadata says what the passes did."""
     manager = Manager(recipe, find_target("native").supports, known)
     entries, without_gradient = lowered("native", manager, traced)
