@@ -38,6 +38,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -316,7 +317,8 @@ def run(
     known = known_answers(pytorch_from)
     results = [measure(case, known) for case in cases]
     eight_bits = memory_int8.measure(small=quick) if any(case.key == memory_int8.CASE for case in cases) else []
-    constrained = memory_budget.measure(budgets, small=quick)
+    keep = partial(_keep, output, results, quick=quick)
+    constrained = memory_budget.measure(budgets, small=quick, each=keep)
     tightness = [result.plan.tightness for result in results]
     tightness += memory_plans.measure_tightness(random_schemes, small=quick) if random_schemes else []
     published = memory_plans.plan_published() if len(cases) == len(CASES) and not quick else []
@@ -339,6 +341,7 @@ def run(
     content = {
         "machine": report.machine(),
         "quick": quick,
+        "complete": True,
         "seconds": time.perf_counter() - started,
         "pytorch_from_earlier_run": bool(known),
         "cases": [result.as_json() for result in results],
@@ -356,6 +359,20 @@ def run(
     parts = [_summary(results)] if results else []
     parts += [memory_budget.summary(constrained)] if constrained else []
     return report.finish("bench-memory", "; ".join(parts), bars)
+
+
+def _keep(output: Path, results: Sequence[Result], found: Sequence[memory_budget.Constrained], *, quick: bool) -> None:
+    """Shows the last budget that was measured, and writes what there is: a run that is stopped has told that much."""
+    print(memory_budget.progress(found[-1]), flush=True)
+    content = {
+        "machine": report.machine(),
+        "quick": quick,
+        "complete": False,
+        "cases": [result.as_json() for result in results],
+        "budgets": [result.as_json() for result in found],
+        "bars": [bar.as_json() for result in found for bar in result.bars()],
+    }
+    report.write_json(output, content)
 
 
 def _summary(results: Sequence[Result]) -> str:

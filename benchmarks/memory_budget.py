@@ -8,7 +8,7 @@ asked for again, since a refusal takes the builds of all that it advises.
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import inf, isfinite, nan
 from pathlib import Path
@@ -26,7 +26,8 @@ from pockc.parity import LOSS_TOLERANCE, batches
 
 SHARES = (1.0, 0.75, 0.5, 0.35)  # of the peak without a budget
 LOSS_STEPS = 5
-TIMED_STEPS = 20
+ROUNDS = (3, 15)  # of timing, at the least and at the most: in each, both programs run a step after an untimed one
+TIMED_SECONDS = 20  # about: slow programs get fewer rounds
 SEED = 0  # of the batches
 
 # Every parameter is trained, with plain SGD: there is no optimizer state, and activations are most of the peak.
@@ -51,7 +52,8 @@ class Built:
     runtime_bytes: int
     losses: tuple[float, ...]
     decisions: Mapping[str, Any]  # metadata["budget"]
-    seconds: float
+    seconds: float  # of the processor, to build it
+    step_seconds: float  # about
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +109,17 @@ class Constrained:
         return {**asdict(self), "loss_error": self.loss_error if isfinite(self.loss_error) else None}
 
 
-def measure(models: Sequence[str], *, small: bool) -> list[Constrained]:
-    """Every share of every model, with a line of progress each."""
-    found = []
+def measure(
+    models: Sequence[str], *, small: bool, each: Callable[[list[Constrained]], None] = lambda found: None
+) -> list[Constrained]:
+    """Every share of every model; after each, ``each`` is called with what has been found up to there."""
+    found: list[Constrained] = []
     for name in models:
         arguments = zoo.SMALL[name] if small else MODELS[name]
         with tempfile.TemporaryDirectory(prefix="pockc-budget-") as folder:
-            found += _Model(name, dict(arguments), Path(folder)).constrained()
+            for result in _Model(name, dict(arguments), Path(folder)).constrained():
+                found.append(result)
+                each(found)
     return found
 
 
@@ -125,17 +131,15 @@ class _Model:
         self.model, self.inputs = zoo.ZOO[name](**arguments)
         self.loss = loss_of(name)
         self.built: dict[int | None, Built] = {}
+        self.times: dict[int, tuple[float, float]] = {}  # by budget, CPU milliseconds of a step, and without a budget
         self.least: int | None = None  # what the first refusal named
         self.refused: set[int] = set()  # of what was named as the least
 
-    def constrained(self) -> list[Constrained]:
-        """All shares, timed in turn."""
+    def constrained(self) -> Iterator[Constrained]:
+        """All shares."""
         free = self._build(None)
-        rows = [self._share(share, free) for share in SHARES]
-        files = {str(budget): built.file for budget, built in self.built.items()}
-        by_round, _ = time_in_turn(files, "train_step", TIMED_STEPS)
-        cpu_ms = {budget: median(sum(rounds, ())) for budget, rounds in by_round.items()}
-        return [self._with_figures(row, free, cpu_ms) for row in rows]
+        for share in SHARES:
+            yield self._with_figures(self._share(share, free), free)
 
     def _share(self, share: float, free: Built) -> Constrained:
         """Builds what the share needs; the figures follow."""
@@ -159,11 +163,13 @@ class _Model:
             self.refused.add(budget)
             print(f"{self.name}: what was named as the least is refused: {error}", file=sys.stderr, flush=True)
 
-    def _with_figures(self, row: Constrained, free: Built, cpu_ms: Mapping[str, float]) -> Constrained:
+    def _with_figures(self, row: Constrained, free: Built) -> Constrained:
         if row.limit_bytes in self.refused:
             return row
         built = self.built[row.limit_bytes]
-        taken = cpu_ms[str(row.limit_bytes)]
+        if row.limit_bytes not in self.times:
+            self.times[row.limit_bytes] = self._timed(built, free)
+        taken, taken_free = self.times[row.limit_bytes]
         return replace(
             row,
             peak_bytes=built.peak_bytes,
@@ -171,27 +177,43 @@ class _Model:
             decisions=built.decisions,
             loss_error=worst_error(built.losses, free.losses),
             cpu_ms=taken,
-            slowdown=taken / cpu_ms["None"],
+            slowdown=taken / taken_free,
             build_seconds=built.seconds,
         )
 
+    def _timed(self, built: Built, free: Built) -> tuple[float, float]:
+        """CPU milliseconds of a step of both, in turns, so that a busy spell of the machine hits them alike."""
+        files = {"within": built.file, "without": free.file}
+        least, most = ROUNDS
+        rounds = max(least, min(most, int(TIMED_SECONDS / (2 * (built.step_seconds + free.step_seconds)))))
+        by_round, _ = time_in_turn(files, "train_step", rounds, rounds=rounds, warm_up=1)
+        within, without = (median(sum(by_round[name], ())) for name in files)
+        return within, without
+
     def _build(self, budget: int | None) -> Built:
         """The program within a budget, run for its losses. Raises BudgetError."""
-        started = time.perf_counter()
+        started = time.process_time()
         limit: dict[str, Any] = {} if budget is None else {"memory_budget": budget}
         optimizer = pockc.SGD(lr=memory_peer.LEARNING_RATE)
         program = pockc.build(self.model, self.inputs, self.loss, optimizer, "full", **limit)
-        seconds = time.perf_counter() - started
+        seconds = time.process_time() - started
         file = self.folder / f"{budget}.pock"
         program.save(file)
+        started = time.process_time()
         with pockc.Session(file) as session:
             losses = tuple(session.train_step(**batch) for batch in self._batches(program))
             memory = session.memory
         taken = memory.arena_bytes + memory.mapped_bytes
         decisions = program.metadata.get("budget", {})
-        self.built[budget] = Built(file, program.memory.peak_bytes, taken, losses, decisions, seconds)
+        step_seconds = (time.process_time() - started) / LOSS_STEPS
+        peak = program.memory.peak_bytes
+        self.built[budget] = Built(file, peak, taken, losses, decisions, seconds, step_seconds)
         limits = "no budget" if budget is None else f"{report.megabytes(budget)} MB"
-        print(f"{self.name}, {limits}: {report.megabytes(taken)} MB, {seconds:.0f} s", file=sys.stderr, flush=True)
+        print(
+            f"{self.name}, {limits}: {report.megabytes(taken)} MB, built in {seconds:.0f} s",
+            file=sys.stderr,
+            flush=True,
+        )
         return self.built[budget]
 
     def _batches(self, program: pockc.Program) -> list[dict[str, Array]]:
@@ -205,14 +227,23 @@ def worst_error(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return max(error if isfinite(error) else inf for error in errors)
 
 
+# Headings of a row.
+COLUMNS = (
+    "program", "without MB", "budget MB", "least MB", "planned MB", "runtime MB", "micro-batch", "computed again",
+    "saved bits", "loss error", "ms per step", "slowdown", "estimated", "build CPU s",
+)  # fmt: skip
+
+
 def print_budgets(found: Sequence[Constrained]) -> None:
     """A row for every share of every model."""
-    report.print_table(
-        "Builds under a memory budget: all parameters trained, SGD; CPU time on one thread",
-        ["program", "without MB", "budget MB", "least MB", "planned MB", "runtime MB", "micro-batch", "computed again",
-         "saved bits", "loss error", "ms per step", "slowdown", "estimated", "build s"],
-        [_row(result) for result in found],
-    )  # fmt: skip
+    title = "Builds under a memory budget: all parameters trained, SGD; CPU time on one thread"
+    report.print_table(title, COLUMNS, [_row(result) for result in found])
+
+
+def progress(result: Constrained) -> str:
+    """A row as a line of text."""
+    pairs = zip(COLUMNS[1:], _row(result)[1:], strict=False)
+    return f"{result.title}: " + ", ".join(f"{name} {value}" for name, value in pairs if value)
 
 
 def _row(result: Constrained) -> list[str]:

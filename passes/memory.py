@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +28,7 @@ SHAKEN_TOLERANCE = 300  # and that is not worth the long ones
 Workspace = Callable[[Node], int]  # bytes of scratch memory that the node's kernel wants
 
 
-@dataclass(frozen=True, slots=True)
-class Interval:
+class Interval(NamedTuple):
     """A buffer of ``nbytes``, alive on calls ``first`` to ``last`` inclusive."""
 
     first: int
@@ -194,11 +195,24 @@ class _Placer:
         """`place`, where the first ``placed`` of the order have their offsets already. Writes into ``offsets``."""
         for position in range(placed, len(order)):
             index, size = order[position], self.sizes[order[position]]
-            taken = sorted((offsets[i], offsets[i] + self.sizes[i]) for i in self.alive_with[index] if offsets[i] >= 0)
-            offsets[index] = _best_gap(taken, size)
+            taken = [i for i in self.alive_with[index] if offsets[i] >= 0]
+            taken.sort(key=offsets.__getitem__)
+            offsets[index] = self._best_gap(taken, offsets, size)
             if limit is not None and offsets[index] + size > limit:
                 return _Placed(offsets, offsets[index] + size, position)
         return _Placed(offsets, max(map(int.__add__, offsets, self.sizes)))
+
+    def _best_gap(self, taken: Sequence[int], offsets: Sequence[int], wanted: int) -> int:
+        """The start of the tightest gap that ``wanted`` bytes fit into between intervals by offset, else their end."""
+        best, least, end, wanted = -1, sys.maxsize, 0, max(wanted, 1)
+        for index in taken:
+            start = offsets[index]
+            if least > start - end >= wanted:
+                best, least = end, start - end
+            stop = start + self.sizes[index]
+            if stop > end:
+                end = stop
+        return best if best >= 0 else end
 
     def repaired(self, order: Sequence[int], limit: int) -> _Placed:
         """The best placement of repeated attempts: what goes beyond the limit is placed earlier the next time.
@@ -221,17 +235,6 @@ class _Placer:
             order.insert(place, order.pop(culprit))
             placed = self._place_on(offsets, order, place, limit)
         return min(best, placed, key=_Placed.quality)
-
-
-def _best_gap(taken: Sequence[tuple[int, int]], wanted: int) -> int:
-    """The start of the tightest gap that ``wanted`` bytes fit into between sorted extents, else their end."""
-    best, least, end = -1, 0, 0
-    for start, stop in taken:
-        gap = start - end
-        if gap >= wanted and gap > 0 and (best < 0 or gap < least):
-            best, least = end, gap
-        end = max(end, stop)
-    return best if best >= 0 else end
 
 
 def check(intervals: Sequence[Interval], offsets: Sequence[int]) -> None:

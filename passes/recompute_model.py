@@ -9,7 +9,9 @@ on a graph instead of a chain; which nodes to drop is chosen as in the knapsack 
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -85,6 +87,13 @@ class Step:
     saved: set[int] = field(init=False)  # storages that late nodes read
     kept: set[int] = field(init=False)  # storages of results
     late: list[int] = field(init=False)
+    first_late: list[int] = field(init=False)  # node -> the first late call that reads what it makes
+    early_readers: list[list[int]] = field(init=False)  # node -> early nodes that do
+    last_early: list[int] = field(init=False)  # storage -> the last early call that needs it, its maker at the least
+    last_late: list[int] = field(init=False)  # storage -> the last late call that reads it, else -1
+    last: list[int] = field(init=False)  # storage -> the last call that needs it
+    alone: npt.NDArray[np.int64] = field(init=False)  # call -> bytes alive with nothing dropped
+    across: npt.NDArray[np.int64] = field(init=False)  # call -> of these, bytes alive from the call before it on
 
     def __post_init__(self) -> None:
         graph = self.graph
@@ -110,13 +119,46 @@ class Step:
 
         runs_twice = forward_nodes(graph)
         self.reads = [storages_of(node.inputs) for node in graph.nodes]
-        self.makes = [() if OPS[node.op].view else storages_of(node.outputs) for node in graph.nodes]
+        self.makes = [() for _ in graph.nodes]
+        for storage, maker in enumerate(self.maker):
+            if maker >= 0:
+                self.makes[maker] += (storage,)
         self.scratch = [0 if OPS[node.op].view else aligned(self.workspace(node)) for node in graph.nodes]
         self.seconds = [seconds(node) for node in graph.nodes]
         self.early = [node in runs_twice for node in graph.nodes]
         self.late = [i for i, node in enumerate(graph.nodes) if not self.early[i] and not OPS[node.op].view]
         self.saved = {storage for i in self.late for storage in self.reads[i]}
         self.kept = set(storages_of(graph.results()))
+        self._count_calls()
+
+    def _count_calls(self) -> None:
+        """The calls with nothing dropped, numbered from 1; 0 is before the first."""
+        calls = [index for index in range(len(self.reads)) if self.makes_call(index)]
+        end = len(calls)
+        born = [0] * len(self.nbytes)
+        self.last_late = [-1] * len(self.nbytes)
+        self.first_late = [end + 2] * len(self.reads)
+        self.early_readers = [[] for _ in self.reads]
+        for call, index in enumerate(calls, start=1):
+            for storage in self.makes[index]:
+                born[storage] = call
+        self.last_early = [end if storage in self.kept else call for storage, call in enumerate(born)]
+        for call, index in enumerate(calls, start=1):
+            for storage in self.reads[index]:
+                maker = self.maker[storage]
+                if self.early[index]:
+                    self.last_early[storage] = max(self.last_early[storage], call)
+                    if maker >= 0:
+                        self.early_readers[maker].append(index)
+                    continue
+                self.last_late[storage] = call
+                if maker >= 0:
+                    self.first_late[maker] = min(self.first_late[maker], call)
+        self.last = list(map(max, self.last_early, self.last_late))
+        starts, ends = (np.bincount(at, self.nbytes, end + 1).astype(np.int64) for at in (born, self.last))
+        alive = np.cumsum(starts) - np.cumsum(ends) + ends
+        self.across = np.concatenate([[0], (alive - ends)[:-1]]) + self.fixed
+        self.alone = alive + np.array([0, *(self.scratch[index] for index in calls)], np.int64) + self.fixed
 
     def candidates(self) -> list[int]:
         """The nodes of the forward pass that make something that the backward pass reads."""
@@ -159,42 +201,59 @@ class Step:
         """Whether the runtime calls a kernel for this node: not for a view."""
         return not OPS[self.graph.nodes[index].op].view
 
-    def live(self, dropped: set[int]) -> npt.NDArray[np.int64]:
-        """Bytes alive at each call, and before the first one. Take-overs of dying operands count as new bytes."""
-        storage_count = len(self.nbytes)
-        first = [0] * (2 * storage_count)
-        last = [-1] * (2 * storage_count)
-        scratch = [0]
+    def live(self, dropped: AbstractSet[int]) -> npt.NDArray[np.int64]:
+        """Bytes alive at each call, and before the first one. Take-overs of dying operands count as new bytes.
 
-        def call(index: int, second: bool) -> None:
-            now = len(scratch)
-            late = second or not self.early[index]
-            for storage in self.reads[index]:
-                last[storage + storage_count if late and self.maker[storage] in dropped else storage] = now
-            for storage in self.makes[index]:
-                name = storage + storage_count if second else storage
-                first[name] = last[name] = now
-            scratch.append(self.scratch[index])
+        That is what it is with nothing dropped, and what dropping changes: a result ends with its last early reader, a
+        second one lives from its call to its last reader, and what only second computations read waits for them.
+        """
+        slots = self._slots(dropped)
+        order = sorted((slot, node) for node, slot in slots.items())
+        before = [slot for slot, _ in order]
+        when = {node: slot + count for count, (slot, node) in enumerate(order)}
 
-        for storage, maker in enumerate(self.maker):
-            if maker < 0:
-                last[storage] = 0
-        for index, before in self.again(dropped):
-            for other in before:
-                call(other, second=True)
-            if self.makes_call(index):
-                call(index, second=False)
-        for storage in self.kept:
-            last[storage] = len(scratch) - 1
-        steps = np.zeros(len(scratch) + 1, np.int64)
-        used = [s for s in range(2 * storage_count) if last[s] >= 0]
-        sizes = [self.nbytes[s % storage_count] for s in used]
-        np.add.at(steps, [first[s] for s in used], sizes)
-        np.subtract.at(steps, [last[s] + 1 for s in used], sizes)
-        live: npt.NDArray[np.int64] = np.cumsum(steps[:-1]) + np.array(scratch) + self.fixed
+        def moved(call: int) -> int:
+            return call + bisect_right(before, call)
+
+        steps = [0] * (len(self.alone) + len(order) + 1)
+        last_again: dict[int, int] = {}  # storage -> the last second computation that reads it
+        for _, node in order:
+            now = when[node]
+            for storage in self.reads[node]:
+                last_again[storage] = max(now, last_again.get(storage, 0))
+        for node in dropped:
+            for storage in self.makes[node]:
+                nbytes = self.nbytes[storage]
+                steps[moved(self.last_early[storage]) + 1] -= nbytes
+                steps[moved(self.last[storage]) + 1] += nbytes
+                again = last_again.pop(storage, 0)
+                if node in when:
+                    late = self.last_late[storage]
+                    steps[when[node]] += nbytes
+                    steps[max(when[node], again, moved(late) if late >= 0 else 0) + 1] -= nbytes
+        for storage, again in last_again.items():
+            end = moved(self.last[storage])
+            if again > end:
+                steps[end + 1] += self.nbytes[storage]
+                steps[again + 1] -= self.nbytes[storage]
+        live = np.array(steps[:-1], np.int64).cumsum()
+        scratch = [self.scratch[node] for _, node in order]
+        live += np.insert(self.alone, before, self.across[before] + scratch) if order else self.alone
         return live
 
-    def outcome(self, dropped: set[int], target: float) -> Outcome:
+    def _slots(self, dropped: AbstractSet[int]) -> dict[int, int]:
+        """The late call right before which each dropped node runs once more; none for those that no late one needs."""
+        slots: dict[int, int] = {}
+        for node in sorted(dropped, reverse=True):
+            slot = self.first_late[node]
+            for reader in self.early_readers[node]:
+                if reader in slots:
+                    slot = min(slot, slots[reader])
+            if slot <= len(self.alone):
+                slots[node] = slot
+        return slots
+
+    def outcome(self, dropped: AbstractSet[int], target: float) -> Outcome:
         """What dropping these nodes means."""
         live = self.live(dropped)
         excess = float(np.maximum(live - target, 0).sum())

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
 
 from pockc.ir import Builder, Graph, Node, Origin
 from pockc.passes import memory, schedule_exact, schedule_greedy, schedule_window
 from pockc.passes.lifetimes import storage_readers, storages, update_chains, updates_in_place
-from pockc.passes.schedule_model import Problem, problem_of
+from pockc.passes.schedule_model import Problem, Workspace, problem_of
 from pockc.recipe import Recipe
 
 EXACT_NODES = 40  # graphs up to this size get the best order of all,
@@ -27,16 +28,14 @@ def run(graph: Graph, recipe: Recipe) -> Graph:
     """
     if "reorder" in recipe.disabled:
         return _materialise_updates(graph)
-    return _smallest(prepared(graph), recipe)
+    return _smallest(_search(graph, recipe), recipe)
 
 
 def searched(graph: Graph, recipe: Recipe) -> Graph:
     """As `run`, but for live bytes alone: how well buffers fit together is not tried. For passes that only weigh."""
     if "reorder" in recipe.disabled:
         return _materialise_updates(graph)
-    graph = prepared(graph)
-    problem = problem_of(graph, recipe.workspace)
-    return _ordered(graph, _least(problem, max(problem.lower_bound(), recipe.sufficient)))
+    return _search(graph, recipe).ordered
 
 
 def prepared(graph: Graph) -> Graph:
@@ -123,18 +122,38 @@ def _reachable(start: int, followers: list[list[int]]) -> set[int]:
     return seen - {start}
 
 
-def _smallest(graph: Graph, recipe: Recipe) -> Graph:
-    """The nodes in the order of least peak memory that the searches find.
+@dataclass(frozen=True, slots=True)
+class _Searched:
+    """A prepared graph as a problem, the order that the searches found, and the graph in that order."""
 
-    Where buffers do not fit together well in that order, the graph may get a similar one that needs less in all.
-    """
-    problem = problem_of(graph, recipe.workspace)
-    order = _least(problem, max(problem.lower_bound(), recipe.sufficient))
-    best = _ordered(graph, order)
+    graph: Graph
+    problem: Problem
+    order: tuple[int, ...]
+    ordered: Graph
+
+
+# By graph, workspace and what is sufficient: passes that only weigh ask for the order of one graph after the other.
+_known: WeakKeyDictionary[Graph, dict[tuple[Workspace, int], _Searched]] = WeakKeyDictionary()
+
+
+def _search(graph: Graph, recipe: Recipe) -> _Searched:
+    """The graph prepared, in the order with the least live bytes that the searches find."""
+    known, key = _known.setdefault(graph, {}), (recipe.workspace, recipe.sufficient)
+    if key not in known:
+        before = prepared(graph)
+        problem = problem_of(before, recipe.workspace)
+        order = _least(problem, max(problem.lower_bound(), recipe.sufficient))
+        known[key] = _Searched(before, problem, order, _ordered(before, order))
+    return known[key]
+
+
+def _smallest(found: _Searched, recipe: Recipe) -> Graph:
+    """The graph in the order that was found, or, where buffers do not fit together well in it, in a similar one."""
+    problem, order, best = found.problem, found.order, found.ordered
     placement = memory.run(best, recipe.workspace)
     if placement.nbytes <= max(placement.max_live_bytes * FITS_WELL, recipe.sufficient):
         return best
-    similar = _ordered(graph, schedule_greedy.order_under(problem, order, problem.peak(order)))
+    similar = _ordered(found.graph, schedule_greedy.order_under(problem, order, problem.peak(order)))
     return min(best, similar, key=lambda ordered: memory.run(ordered, recipe.workspace).nbytes)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import sys
 
 from pockc.passes.schedule_model import Problem
 
@@ -53,12 +54,16 @@ def order_under(problem: Problem, priority: tuple[int, ...], bound: int) -> tupl
 
 
 class _ListScheduler:
+    """What a node needs depends on which of its operands die with it, so it changes where it becomes a last reader."""
+
     def __init__(self, problem: Problem, priority: tuple[int, ...], bound: int) -> None:
         self.problem, self.priority, self.bound = problem, priority, bound
         self.rank = {node: i for i, node in enumerate(priority)}
         self.waiting = [mask.bit_count() for mask in problem.before]
         self.done, self.live = 0, problem.initial
-        self.ready: list[int] = []  # a heap of ranks
+        self.has_run = bytearray(problem.count)
+        self.ready = Queue(problem.count)  # by rank, the bytes that a ready node adds while it runs
+        self.added = [0] * problem.count  # bytes that a ready node leaves alive in addition
         self.doubtful: list[int] = []  # ready nodes whose chain may have become free
         self.blocked: list[tuple[int, int]] = []  # free chains that did not fit: a heap of bytes needed, and nodes
         self.result: list[int] = []
@@ -66,7 +71,7 @@ class _ListScheduler:
     def order(self) -> tuple[int, ...]:
         for node, count in enumerate(self.waiting):
             if count == 0:
-                self._make_ready(node)
+                self._weigh(node)
         self.doubtful.sort(key=self.rank.__getitem__, reverse=True)
         while len(self.result) < self.problem.count:
             self._run_free_chains()
@@ -74,26 +79,27 @@ class _ListScheduler:
                 self._run(self._next())
         return tuple(self.result)
 
-    def _make_ready(self, node: int) -> None:
-        heapq.heappush(self.ready, self.rank[node])
+    def _weigh(self, node: int) -> None:
+        """Note what a node needs, which has become ready or the last reader of an operand."""
+        call, self.added[node] = self.problem.step(node, self.done, 0)
+        self.ready.put(self.rank[node], call)
         self.doubtful.append(node)
 
-    def _has_run(self, node: int) -> bool:
-        return bool(self.done >> node & 1)
-
     def _run(self, node: int) -> None:
-        _, self.live = self.problem.step(node, self.done, self.live)
+        self.live += self.added[node]
         self.done |= 1 << node
+        self.has_run[node] = True
+        self.ready.remove(self.rank[node])
         self.result.append(node)
         for follower in self.problem.followers[node]:
             self.waiting[follower] -= 1
             if self.waiting[follower] == 0:
-                self._make_ready(follower)
+                self._weigh(follower)
         for storage in self.problem.reads[node]:
             left = self.problem.readers[storage] & ~self.done
             last = left.bit_length() - 1
             if left and left == 1 << last and last < self.problem.count and self.waiting[last] == 0:
-                self.doubtful.append(last)
+                self._weigh(last)
 
     def _run_free_chains(self) -> None:
         while True:
@@ -103,7 +109,7 @@ class _ListScheduler:
                 node = heapq.heappop(self.blocked)[1]
             else:
                 return
-            if self._has_run(node):
+            if self.has_run[node]:
                 continue
             for member in self._free_chain(node):
                 self._run(member)
@@ -135,19 +141,44 @@ class _ListScheduler:
 
     def _next(self) -> int:
         """The first ready node that fits; else the one that exceeds the bound least."""
-        passed: list[int] = []
-        best, least = -1, -1
-        while self.ready:
-            rank = heapq.heappop(self.ready)
-            node = self.priority[rank]
-            if self._has_run(node):
-                continue
-            call, _ = self.problem.step(node, self.done, self.live)
-            passed.append(rank)
-            if best < 0 or call < least:
-                best, least = node, call
-            if call <= self.bound:
-                break
-        for rank in passed:
-            heapq.heappush(self.ready, rank)
-        return best
+        return self.priority[self.ready.first(max(self.bound - self.live, self.ready.least))]
+
+
+class Queue:
+    """A weight per place, and the first place that has at most some weight: the least of two, of four, and so on."""
+
+    ABSENT = sys.maxsize
+
+    def __init__(self, count: int) -> None:
+        self.places = 1 << max(count - 1, 0).bit_length()
+        self.tree = [self.ABSENT] * (2 * self.places)  # node i has the children 2 i and 2 i + 1, 1 is the root
+
+    @property
+    def least(self) -> int:
+        """The smallest weight."""
+        return self.tree[1]
+
+    def put(self, place: int, weight: int) -> None:
+        """Give a place a weight."""
+        tree, at = self.tree, place + self.places
+        tree[at] = weight
+        while at > 1:
+            other = tree[at ^ 1]
+            at >>= 1
+            weight = min(weight, other)
+            if tree[at] == weight:
+                return
+            tree[at] = weight
+
+    def remove(self, place: int) -> None:
+        """Take a place out."""
+        self.put(place, self.ABSENT)
+
+    def first(self, most: int) -> int:
+        """The first place with a weight of at most ``most``, which is not below the least."""
+        tree, at = self.tree, 1
+        while at < self.places:
+            at *= 2
+            if tree[at] > most:
+                at += 1
+        return at - self.places

@@ -52,11 +52,12 @@ class Problem:
         allocated = freed = 0
         dying = [storage for storage in self.reads[index] if not readers[storage] & pending]
         for storage, size, candidates in self.makes[index]:
-            heir = next((c for c in candidates if c in dying), None)
-            if heir is None:
-                allocated += size
+            for heir in candidates:
+                if heir in dying:
+                    dying.remove(heir)
+                    break
             else:
-                dying.remove(heir)
+                allocated += size
             if not readers[storage]:
                 freed += size
         for storage in dying:

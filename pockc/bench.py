@@ -125,19 +125,27 @@ def time_steps(
 
 
 def time_in_turn(
-    files: Mapping[str, Path], entry: str, steps: int, threads: int = 1, progress: Progress | None = None
+    files: Mapping[str, Path],
+    entry: str,
+    steps: int,
+    threads: int = 1,
+    progress: Progress | None = None,
+    *,
+    rounds: int = ROUNDS,
+    warm_up: int = 2,
 ) -> tuple[dict[str, list[tuple[float, ...]]], dict[str, float | None]]:
     """CPU milliseconds of each program's steps by round, and its last loss; the programs take the same inputs.
 
-    One program is in memory at a time. ``steps`` is rounded up to a multiple of `ROUNDS`.
+    One program is in memory at a time. ``steps`` is rounded up to a multiple of ``rounds``; ``warm_up`` of a round are
+    not counted.
     """
     times: dict[str, list[tuple[float, ...]]] = {name: [] for name in files}
     losses: dict[str, float | None] = dict.fromkeys(files)
     inputs = made_up(read(next(iter(files.values()))).entry(entry))
-    turns = [turn for _ in range(ROUNDS) for turn in files.items()]
+    turns = [turn for _ in range(rounds) for turn in files.items()]
     for name, file in (progress or Progress(disable=True)).track(turns, description="Timing"):
         with open_session(file, threads) as session:
-            measured, outputs = time_steps(session, entry, inputs, -(-steps // ROUNDS), warm_up=2)
+            measured, outputs = time_steps(session, entry, inputs, -(-steps // rounds), warm_up)
         times[name].append(measured.cpu)
         losses[name] = float(outputs["loss"]) if "loss" in outputs else None
     return times, losses

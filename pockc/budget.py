@@ -16,7 +16,7 @@ from pockc.recipe import Recipe
 ATTEMPTS = 5  # targets that are tried before the smallest program
 TIGHT = 0.92  # of the budget: a plan that uses as much is not worth another attempt
 
-Plan = Callable[[Recipe], Program]
+Plan = Callable[[Recipe, int | None], Program]
 
 
 def within(budget: int, recipe: Recipe, plan: Plan) -> Program:
@@ -27,12 +27,13 @@ def within(budget: int, recipe: Recipe, plan: Plan) -> Program:
     Args:
         budget: bytes that arena and mapped weights may occupy together.
         recipe: everything else.
-        plan: makes a program; notes its choice in the recipe's ``decisions``.
+        plan: makes a program; where its training step alone takes more bytes than the limit that is given, the other
+            entries may be left out. Notes its choice in the recipe's ``decisions``.
 
     Raises:
         BudgetError: even the smallest program is larger.
     """
-    unconstrained = plan(recipe)
+    unconstrained = plan(recipe, None)
     peak = unconstrained.memory.peak_bytes
     if peak <= budget:
         return _noted(unconstrained, recipe, budget, peak)
@@ -40,7 +41,7 @@ def within(budget: int, recipe: Recipe, plan: Plan) -> Program:
     if found := _fastest(budget, budget - fixed, recipe, plan):
         return _noted(*found, budget, peak)
     trial = replace(recipe, transient_target=0, decisions={})
-    program = plan(trial)
+    program = plan(trial, None)
     smallest = program.memory.peak_bytes
     if smallest > budget:
         raise BudgetError(
@@ -59,7 +60,7 @@ def _fastest(budget: int, target: int, recipe: Recipe, plan: Plan) -> tuple[Prog
         if target <= 0:
             break
         trial = replace(recipe, transient_target=target, decisions={})
-        program = plan(trial)
+        program = plan(trial, budget)
         peak = program.memory.peak_bytes
         if peak > budget:
             too_high = target

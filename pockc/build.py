@@ -13,14 +13,14 @@ import numpy as np
 
 from pockc import calibration as ranges
 from pockc.budget import Alternative, advised, within
-from pockc.entries import ENTRIES, Traced, lowered
+from pockc.entries import ENTRIES, Traced, lowered, seeded
 from pockc.errors import BudgetError, UserError, near_names
 from pockc.ir import Graph
 from pockc.losses import LOSSES
 from pockc.optim import AdamW, Optimizer
 from pockc.passes import memory
 from pockc.passes.lifetimes import update_chains
-from pockc.pipeline import COMMON, LOWERINGS, TOGETHER, Manager
+from pockc.pipeline import COMMON, LOWERINGS, TOGETHER, Known, Manager
 from pockc.program import Program, place_states
 from pockc.recipe import BatchNorm, FrozenDtype, PrefixDtype, Recipe, SavedDtype, StateDtype
 from pockc.scheme import Channels, Scheme, detect_family, resolve
@@ -216,13 +216,21 @@ def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
         recipe = replace(recipe, prefix_ranges=ranges.measure(common, recipe, samples))
 
     eval_graph = evaluated.graph if evaluated else None
-    traced = Traced(imported.graph, eval_graph, options.seed, options.entries, options.cache_prefix)
-
-    def planned(recipe: Recipe, traced: Traced = traced) -> Program:
-        make = _plan if options.target == "native" else partial(_lower, options.target)
-        return make(recipe, traced)
+    training = seeded(imported.graph, options.seed)
+    traced = Traced(training, eval_graph, options.entries, options.cache_prefix)
 
     budget = options.memory_budget
+    known: Known | None = None if budget is None else {}  # plans under a budget have most of their graphs in common
+
+    def planned(recipe: Recipe, limit: int | None = None) -> Program:
+        if options.target != "native":
+            return _lower(options.target, recipe, traced)
+        if limit is not None and not traced.cache_prefix:
+            step = _plan(recipe, replace(traced, wanted=("train_step",)), known)
+            if step.memory.peak_bytes > limit:
+                return step
+        return _plan(recipe, traced, known)
+
     program = planned(recipe) if budget is None else within(budget, recipe, planned)
     without_gradient = program.metadata["without_gradient"]
     metadata = {
@@ -251,7 +259,7 @@ def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
     if options.compare_full and options.target == "native":
         full = replace(recipe, trained=resolved("full"), decisions={})
         same = full.trained == recipe.trained and budget is None
-        memory_of_full = program if same else planned(full, replace(traced, cache_prefix=False))
+        memory_of_full = program if same else _plan(full, replace(traced, cache_prefix=False))
         metadata["full_memory"] = memory_of_full.memory.totals()
     return replace(program, metadata=metadata)
 
@@ -283,9 +291,9 @@ def _mapped(example_inputs: Inputs, function: Callable[..., Any]) -> Inputs:
     return tuple(map(function, example_inputs))
 
 
-def _plan(recipe: Recipe, traced: Traced) -> Program:
+def _plan(recipe: Recipe, traced: Traced, known: Known | None = None) -> Program:
     """A program from training and evaluation graph, whose metadata says what the passes did."""
-    manager = Manager(recipe, find_target("native").supports)
+    manager = Manager(recipe, find_target("native").supports, known)
     entries, without_gradient = lowered("native", manager, traced)
     entries = manager.run_together(TOGETHER, entries)
     placements = {name: memory.run(graph, recipe.workspace) for name, graph in entries.items()}

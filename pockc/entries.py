@@ -22,19 +22,18 @@ ENCODED = "_encoded"  # behind the name of an entry: the same, started from the 
 class Traced:
     """A model as it was traced, and which entries are made of it.
 
-    ``evaluation`` is the graph for evaluation where that is not the one for training. ``seed`` is that of dropout.
+    ``evaluation`` is the graph for evaluation where that is not the one for training.
     """
 
     training: Graph
     evaluation: Graph | None
-    seed: int
     wanted: Collection[str]
     cache_prefix: bool
 
 
 def lowered(target: str, manager: Manager, traced: Traced) -> tuple[dict[str, Graph], set[str]]:
     """The wanted entry graphs, lowered for the target, and the trained parameters that no gradient reaches."""
-    common = manager.run("common", COMMON, _seeded(traced.training, traced.seed))
+    common = manager.run("common", COMMON, traced.training)
     quiet = manager.run("common-eval", COMMON, traced.evaluation) if traced.evaluation is not None else common
     make = _Lowering(target, manager)
     entries = make.steps_in_two(common, quiet, traced.wanted) if traced.cache_prefix else make.steps(common)
@@ -97,7 +96,7 @@ class _Lowering:
             self.manager.recipe = replace(recipe, sufficient=planned, tiles=tiles_of(step))
 
 
-def _seeded(graph: Graph, seed: int) -> Graph:
+def seeded(graph: Graph, seed: int) -> Graph:
     """The graph with its dropout seed, if it has one, set."""
     states = {
         value: replace(state, data=np.asarray(seed, np.int64)) if value.name == "pockc.seed" else state

@@ -111,9 +111,12 @@ class State:
         return self.data.transpose(np.argsort(self.permutation)) if self.permutation else self.data
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Graph:
-    """One entry of a program: a pure function of inputs and states, with the new values of the states it updates."""
+    """One entry of a program: a pure function of inputs and states, with the new values of the states it updates.
+
+    Graphs compare by identity and never change: what was found out about one may be kept as long as it is there.
+    """
 
     inputs: tuple[Value, ...]
     states: Mapping[Value, State]

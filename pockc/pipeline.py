@@ -6,8 +6,9 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from pockc.errors import InternalError, UserError
 from pockc.ir import Graph, Node
@@ -42,13 +43,16 @@ from pockc.verify import Level, verify
 
 Run = Callable[[Graph, Recipe], Graph]
 
+# By pass, graph and what of the recipe differs: the graph after the pass, and the decisions that it noted.
+Known = dict[tuple[Any, ...], tuple[Graph, dict[str, Any]]]
+
 
 @dataclass(frozen=True, slots=True)
 class Pass:
     """One line of a pipeline.
 
     ``optional`` passes can be switched off to see what they buy; ``reducible`` ones too, but they still run then, and
-    do only what the next step cannot do without.
+    do only what the next step cannot do without. ``targeted`` ones heed what a memory budget leaves.
     """
 
     name: str
@@ -56,6 +60,7 @@ class Pass:
     level: Level = "training"
     optional: bool = False
     reducible: bool = False
+    targeted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +105,12 @@ LOWER: tuple[Pass, ...] = (
     Pass("duplicate", duplicate.run, "lowered", optional=True),  # before the order is chosen
     Pass("tile-vocabulary", tile_vocabulary.run, "lowered", optional=True),  # gradients and updates are final by now
     Pass("compress-saved", compress_saved.run, "lowered"),  # before what is saved is weighed
-    Pass("fit-memory", fit_memory.run, "lowered", optional=True),  # after cse, which would undo it
+    Pass("fit-memory", fit_memory.run, "lowered", optional=True, targeted=True),  # after cse, which would undo it
     Pass("split-backward", split_backward.run, "lowered", optional=True),  # before what is fitted below the rest
     Pass("tile-updates", tile_updates.run, "lowered", optional=True),  # as is what follows
-    Pass("split-rows", split_rows.run, "lowered", optional=True),  # before tiles, of which strips may need none
+    Pass(
+        "split-rows", split_rows.run, "lowered", optional=True, targeted=True
+    ),  # before tiles, of which strips may need none
     Pass("tile-channels", tile_channels.run, "lowered", optional=True),  # of fused products, while each is there once
     Pass("split-prefix", split_prefix.run, "lowered", optional=True),  # after the last pass that adds readers
     Pass("reorder", reorder.run, "lowered", reducible=True),
@@ -138,8 +145,10 @@ class Manager:
 
     recipe: Recipe
     supports: Callable[[Node], bool]  # the target's: nothing unsupported survives the level `lowered`
+    known: Known | None = None  # shared by managers whose recipes differ in the memory target alone
     timings: list[tuple[str, str, float, int]] = field(default_factory=list)  # entry, pass, ms, nodes after
     optional_run: int = 0
+    checked: set[Node] = field(default_factory=set)  # by the verifier, which finds most nodes again after each pass
 
     def run(self, entry: str, passes: Sequence[Pass], graph: Graph) -> Graph:
         """The graph after these passes. UserErrors pass through; anything else becomes an InternalError."""
@@ -149,8 +158,7 @@ class Manager:
                 continue
             started = time.perf_counter()
             try:
-                after = step.run(graph, self.recipe)
-                self._verify(after, step.level)
+                after = self._after(step, graph)
             except UserError:
                 raise
             except Exception as error:
@@ -179,6 +187,22 @@ class Manager:
                 started = time.perf_counter()
         return dict(entries)
 
+    def _after(self, step: Pass, graph: Graph) -> Graph:
+        """The graph that a pass makes of another, verified. Passes are pure: one that is known need not run again."""
+        recipe = replace(self.recipe, decisions={})
+        tiles = None if recipe.tiles is None else tuple(recipe.tiles.items())
+        key = (step.run, graph, recipe.transient_target if step.targeted else None, recipe.sufficient, tiles)
+        if self.known is None or key not in self.known:
+            after = step.run(graph, recipe)
+            self._verify(after, step.level)
+            notes = recipe.decisions
+            if self.known is not None:
+                self.known[key] = after, notes
+        else:
+            after, notes = self.known[key]
+        self.recipe.decisions.update(notes)
+        return after
+
     def _skipped(self, step: Pass) -> bool:
         if not step.optional:
             return False
@@ -192,7 +216,7 @@ class Manager:
         level = os.environ.get("POCKC_VERIFY", "1")
         if level == "0":
             return
-        verify(graph, legality, self.supports)
+        verify(graph, legality, self.supports, self.checked)
         if level == "2":
             from pockc.text import parse, show  # only this debugging level needs the parser
 

@@ -20,8 +20,10 @@ Level = Literal["imported", "training", "lowered", "planned"]
 OPTIMIZER_OPS = frozenset({"sgd", "momentum", "adam", "lion", "momentum8", "adam8", "lion8", "learning_rate"})
 
 
-def verify(graph: Graph, level: Level, supports: Callable[[Node], bool] | None = None) -> None:
-    """Check the invariants of a level.
+def verify(
+    graph: Graph, level: Level, supports: Callable[[Node], bool] | None = None, checked: set[Node] | None = None
+) -> None:
+    """Check the invariants of a level. Nodes in ``checked`` are known to keep invariant 4; those that do join them.
 
     At every level:
         1. Every value is defined once: as an input, as a state or as one output of one node (SSA).
@@ -41,8 +43,14 @@ def verify(graph: Graph, level: Level, supports: Callable[[Node], bool] | None =
     """
     load_families()
     problems = [*_structure(graph), *_states(graph)]
+    checked = set() if checked is None else checked
     for node in graph.nodes:
-        problems += _types(node)
+        if node in checked:
+            continue
+        found = [*_types(node)]
+        problems += found
+        if not found:
+            checked.add(node)
     if level == "imported":
         problems += _imported(graph)
     if level in ("lowered", "planned") and supports is not None:

@@ -127,9 +127,32 @@ def test_budgets_alone_make_a_report(
     content = json.loads(output.read_text())
     assert (content["cases"], content["tightness"], content["published"]) == ([], [], [])
     assert [entry["model"] for entry in content["budgets"]] == [MODEL]
-    assert code == 0 and all(bar["met"] for bar in content["bars"])
+    assert content["complete"] and code == 0 and all(bar["met"] for bar in content["bars"])
     assert capsys.readouterr().out.strip().splitlines()[-1].startswith("bench-memory: 1 budgets, ")
     assert not output.with_suffix(".png").exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_leaves_what_it_has_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compiler = TwoPrograms()
+
+    def stopped(*arguments: Any, memory_budget: int | None = None) -> pockc.Program:
+        if len(compiler.budgets) == 2:  # without a budget, and with the first
+            raise KeyboardInterrupt
+        return compiler(*arguments, memory_budget=memory_budget)
+
+    monkeypatch.setattr(pockc, "build", stopped)
+    output = tmp_path / "memory.json"
+
+    with pytest.raises(KeyboardInterrupt):
+        memory.main(["--quick", "--budget-only", "--budget-models", MODEL, "--output", str(output)])
+
+    content = json.loads(output.read_text())
+    assert not content["complete"]
+    assert [(entry["model"], entry["share"]) for entry in content["budgets"]] == [(MODEL, 1.0)]
+    assert "mcunet_5fps within 100%: without MB" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

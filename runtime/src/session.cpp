@@ -140,12 +140,16 @@ void* Session::address(const TensorRecord& tensor) const {
 }
 
 void Session::set_initial_states() {
-  constexpr uint64_t kManyBytes = uint64_t{1} << 20;
+  constexpr uint64_t kManyBytes = uint64_t{1} << 18;
+  uint64_t copied = 0;  // since pages were given back: else all states would be in memory twice
   for (const StateRecord& state : program_->states) {
     if (!state.is_mutable) continue;
     const TensorRecord& tensor = program_->tensors[state.tensor];
     std::memcpy(arena_ + tensor.offset, program_->data.data + state.initial, tensor.bytes);
-    if (tensor.bytes >= kManyBytes) program_->file.drop_pages();  // else all would be in memory twice
+    copied += tensor.bytes;
+    if (copied < kManyBytes) continue;
+    program_->file.drop_pages();
+    copied = 0;
   }
 }
 

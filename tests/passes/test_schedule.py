@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import heapq
 import random
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -254,3 +256,65 @@ def test_a_weight_gradient_waits_where_memory_is_short() -> None:
     graph = builder.build({"y": builder("reduce_sum", product, axes=(0, 1))}, {weight: new})
     scheduled = reorder.run(graph, replace(PLAIN, workspace=lambda node: 0))
     assert memory.run(scheduled, lambda node: 0).max_live_bytes < x.type.nbytes + gradient.type.nbytes
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_queue_of_a_list_schedule_knows_the_first_place_with_little_weight(seed: int) -> None:
+    rng = random.Random(seed)
+    count = rng.randint(1, 40)
+    queue, weights = schedule_greedy.Queue(count), dict[int, int]()
+    for _ in range(200):
+        place = rng.randrange(count)
+        if rng.random() < 0.3:
+            queue.remove(place)
+            weights.pop(place, None)
+        else:
+            weights[place] = rng.randint(-5, 20)
+            queue.put(place, weights[place])
+        if weights:
+            assert queue.least == min(weights.values())
+            most = max(queue.least, rng.randint(-5, 20))
+            assert queue.first(most) == min(place for place, weight in weights.items() if weight <= most)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_list_schedule_runs_what_fits_first(seed: int) -> None:
+    """Where no chain is free: the first ready node by priority that fits, else the one that exceeds the bound least."""
+    builder = Builder()
+    x, rng = builder.input("x", TensorType((16,))), random.Random(seed)
+    for _ in range(30):  # results outlive all nodes, so that nothing is freed
+        builder("expand", builder("reduce_mean", x, axes=(0,)), shape=(rng.choice((100, 200, 400, 800)),))
+    wide = [node.outputs[0] for node in builder.nodes if node.op == "expand"]
+    graph = builder.build({f"y{i}": value for i, value in enumerate(wide)})
+    problem = problem_of(graph, workspace)
+    priority = random_order(problem, rng)
+    bound = rng.randint(problem.initial, problem.peak(priority))
+    done, live = 0, problem.initial
+    for node in schedule_greedy.order_under(problem, priority, bound):
+        ready = [other for other in priority if other in problem.ready(done)]
+        calls = [problem.step(other, done, live) for other in ready]
+        free = [other for other, (_, after) in zip(ready, calls, strict=True) if after <= live + schedule_greedy.FREE]
+        fitting = [other for other, (call, _) in zip(ready, calls, strict=True) if call <= bound]
+        least = min(range(len(ready)), key=lambda i: calls[i][0])
+        assert node in free or node == (fitting[0] if fitting else ready[least])
+        _, live = problem.step(node, done, live)
+        done |= 1 << node
+
+
+def test_the_order_of_a_graph_is_searched_once_while_the_graph_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    searches: list[Problem] = []
+    least = reorder._least
+
+    def counting(problem: Problem, enough: int) -> tuple[int, ...]:
+        searches.append(problem)
+        return least(problem, enough)
+
+    monkeypatch.setattr(reorder, "_least", counting)
+    graph = random_graph(1, 20)
+    first, again = reorder.searched(graph, PLAIN), reorder.searched(graph, PLAIN)
+    assert first is again and len(searches) == 1
+    assert reorder.searched(graph, replace(PLAIN, sufficient=1 << 20)) is not first and len(searches) == 2
+    gone = weakref.ref(graph)
+    del graph
+    gc.collect()
+    assert gone() is None

@@ -17,8 +17,10 @@
 namespace pockc::ref {
 
 // Every kernel is declared here, so that a definition that differs from the list does not compile or link.
-#define POCKC_REF(op)             \
-  Status check_##op(const Call&); \
+// Checks run when a session is made, those of all ops in use, and never again: being cold, they lie side by
+// side, and do not bring the pages of kernels that nobody runs into memory.
+#define POCKC_REF(op)                                   \
+  __attribute__((cold)) Status check_##op(const Call&); \
   Status run_##op(const Call&);
 #include "../kernels.inc"
 

@@ -1,0 +1,127 @@
+"""The search for a program within a budget, with a compiler that counts; and the passes that it need not repeat."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import pockc
+from pockc.budget import within
+from pockc.entries import Traced
+from pockc.errors import BudgetError
+from pockc.ir import Builder, Graph, TensorType
+from pockc.optim import SGD
+from pockc.pipeline import Known, Manager, Pass
+from pockc.recipe import Recipe
+
+build_module = importlib.import_module("pockc.build")  # `pockc.build` is the function
+STATES = 1000
+pytestmark = [pytest.mark.torch, pytest.mark.native]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Stands for a `Program`."""
+
+    transient: int
+    metadata: dict[str, Any] = field(default_factory=dict)
+    state_bytes: int = STATES
+
+    @property
+    def arena_bytes(self) -> int:
+        return STATES + self.transient
+
+    @property
+    def memory(self) -> Any:
+        return SimpleNamespace(peak_bytes=self.arena_bytes)
+
+
+@dataclass
+class Compiler:
+    """Misses every target by ``miss`` bytes, down to ``least``; the other entries take ``others`` bytes."""
+
+    miss: int = 0
+    least: int = 100
+    others: int = 0
+    asked: list[tuple[int | None, int | None]] = field(default_factory=list)
+
+    def plan(self, recipe: Recipe, limit: int | None) -> Planned:
+        target = recipe.transient_target
+        self.asked.append((target, limit))
+        step = 5000 if target is None else max(self.least, min(target, 5000) + self.miss)
+        recipe.decisions["estimated_seconds"] = 1 / step
+        return Planned(step if limit is not None and STATES + step > limit else max(step, self.others))
+
+
+def fitted(compiler: Compiler, budget: int) -> Any:
+    return within(budget, Recipe(trained={}, optimizer=SGD(lr=0.1)), compiler.plan)  # type: ignore[arg-type]
+
+
+def test_a_budget_above_the_peak_takes_one_plan() -> None:
+    compiler = Compiler()
+    assert fitted(compiler, 6000).transient == 5000
+    assert compiler.asked == [(None, None)]
+
+
+def test_targets_are_corrected_until_the_plan_fits() -> None:
+    compiler = Compiler(miss=40)
+    program = fitted(compiler, 3000)
+    assert 2900 < program.memory.peak_bytes <= 3000
+    assert program.metadata["budget"]["unconstrained_bytes"] == 6000
+    assert compiler.asked == [(None, None), (2000, 3000), (1960, 3000)]
+
+
+def test_other_entries_count_too() -> None:
+    with pytest.raises(BudgetError) as raised:
+        fitted(Compiler(others=2500), 3000)
+    assert raised.value.smallest == STATES + 2500
+
+
+def test_the_whole_of_a_program_counts_where_the_step_is_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And where it is not, nothing else is planned."""
+    planned: list[set[str]] = []
+    lowered = build_module.lowered
+
+    def noting(target: str, manager: Manager, traced: Traced) -> tuple[dict[str, Graph], set[str]]:
+        entries, rest = lowered(target, manager, traced)
+        planned.append(set(entries))
+        return entries, rest
+
+    monkeypatch.setattr(build_module, "lowered", noting)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.GELU(), torch.nn.Conv2d(8, 8, 3), torch.nn.Flatten())
+    images = {"input": torch.zeros(8, 3, 12, 12)}
+    peak = pockc.build(model.eval(), images, optimizer=SGD(lr=0.1)).memory.peak_bytes
+    program = pockc.build(model.eval(), images, optimizer=SGD(lr=0.1), memory_budget=int(0.7 * peak), compare_full=True)
+    every = {"train_step", "eval_step", "infer"}
+    assert program.memory.peak_bytes <= 0.7 * peak and set(program.entries) == every
+    assert planned[:3] == [every, every, {"train_step"}] and every in planned[3:]
+    assert program.metadata["full_memory"]["peak_bytes"] == peak
+
+
+def test_passes_run_once_on_a_graph_where_only_the_target_differs() -> None:
+    runs: list[str] = []
+
+    def noting(name: str) -> Pass:
+        def run(graph: Graph, recipe: Recipe) -> Graph:
+            runs.append(name)
+            recipe.decisions[name] = recipe.transient_target
+            return replace(graph, outputs=dict(graph.outputs))
+
+        return Pass(name, run, targeted=name == "targeted")
+
+    builder = Builder()
+    graph = builder.build({"y": builder("tanh", builder.input("x", TensorType((2,))))})
+    passes = [noting("plain"), noting("targeted"), noting("last")]
+    known: Known = {}
+    found = []
+    for target in (1, 2, 1):
+        recipe = Recipe(trained={}, optimizer=SGD(lr=0.1), transient_target=target)
+        found.append(Manager(recipe, lambda node: True, known).run("train_step", passes, graph))
+        assert recipe.decisions["targeted"] == target
+    assert runs == ["plain", "targeted", "last", "targeted", "last"]
+    assert found[0] is found[2] and found[0] is not found[1]
