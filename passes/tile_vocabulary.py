@@ -1,10 +1,11 @@
-"""Cross entropy over tiles of the vocabulary: neither the logits nor their gradient ever exist as a whole.
+"""Cross entropy over tiles of the vocabulary: never is there a whole gradient of the weight, seldom are all logits.
 
 With a vocabulary of 32000 and 512 tokens the logits are 66 MB, as much as the gradient of the weight that makes them,
 and both are alive together: the peak of a language model's training step. Here the logits of some words are computed,
-what the loss needs of them is noted per token, and they are gone. The backward pass computes them once more, tile by
-tile, and where nothing else is added to the gradient of the weight, updates those rows of it at once. That is four
-products of that size instead of three.
+and what the loss needs of them is noted per token. The backward pass goes over the tiles again, turns the logits of
+each into their gradient, and where nothing else is added to the gradient of the weight, updates those rows of it at
+once. Logits that were kept until then are needed in memory, those that were not are computed a second time: all of them
+once more are four products of that size instead of three.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ from dataclasses import dataclass, field, replace
 from pockc.ir import Builder, Graph, Node, Value
 from pockc.passes import memory, reorder
 from pockc.passes.cost import seconds
+from pockc.passes.fit_memory import FREE_SHARE
 from pockc.passes.rewrite import live_nodes
 from pockc.recipe import Recipe
 
 TILE_BYTES = 2 << 20  # of a tile's logits, and of its rows of the weight
 TILE_MULTIPLE = 16  # rows of the weight, so that they begin at multiples of 64 bytes whatever its width
 MOST_TILES = 64  # more calls would take too long to plan
+MOST_GROWTH = 3  # times the peak without kept logits, which these may make of it where no target is given
+
+Tile = tuple[int, int]  # first class, and the first behind
 
 # Operands, without indices, of the optimizer ops that can update a range of rows: those with a slot of one byte per
 # element cannot, because a block of codes may span rows.
@@ -30,19 +35,24 @@ _OPERANDS = {"sgd": 3, "momentum": 5, "adam": 6, "lion": 4}
 def run(graph: Graph, recipe: Recipe) -> Graph:
     """Run ``matmul -> cross_entropy``, what counts correct predictions, and the gradients, over tiles of the classes.
 
-    That is done where it lowers the graph's peak by a larger share than it raises the estimated time.
+    That is done where it lowers the graph's peak by a larger share than it raises the estimated time. Without a target
+    logits are kept, unless to compute all of them again costs next to nothing, as long as the peak is not more than
+    `MOST_GROWTH` times the smallest one. Under a target all are kept here: `fit_memory` knows what else there is to
+    compute again.
 
     Pre:  biases are fused, gradients and optimizer attached; nothing but losses reads the logits.
     Post: the same function to rounding. Where it was applied, no value has all logits or their gradient; a weight whose
           gradient went straight to its optimizer op is updated by a chain of such ops with a ``start``.
     """
     for head in _heads(graph):
-        width = _tile_width(head)
-        if width >= head.classes:
+        if _tile_width(head) >= head.classes:
             continue
-        candidate = tiled(graph, head, width)
+        candidate = smallest = tiled(graph, head, 0)
+        under_target = recipe.transient_target is not None
+        if not under_target and _slower(graph, smallest) > FREE_SHARE:
+            candidate = tiled(graph, head, _kept(head, smallest, recipe))
         if _worthwhile(graph, candidate, recipe):
-            graph = candidate
+            graph = tiled(graph, head, len(head.tiles), separable=True) if under_target else candidate
     return graph
 
 
@@ -64,6 +74,12 @@ class Head:
     def classes(self) -> int:
         """The size of the vocabulary."""
         return self.product.inputs[1].type.shape[0]
+
+    @property
+    def tiles(self) -> list[Tile]:
+        """Ranges of the classes."""
+        width = _tile_width(self)
+        return [(start, min(start + width, self.classes)) for start in range(0, self.classes, width)]
 
     @property
     def tokens(self) -> int:
@@ -195,8 +211,20 @@ def _tile_width(head: Head) -> int:
     return max(1, -(-width // TILE_MULTIPLE)) * TILE_MULTIPLE
 
 
+def _kept(head: Head, smallest: Graph, recipe: Recipe) -> int:
+    """Of how many tiles the logits may be kept, by what the graph needs without any."""
+    least = max(reorder.least_peak(smallest, recipe), recipe.sufficient)
+    tile = 4 * head.tokens * _tile_width(head)
+    return min((MOST_GROWTH - 1) * least // tile, len(head.tiles))
+
+
+def _slower(graph: Graph, candidate: Graph) -> float:
+    """The share of the graph's estimated time that the candidate takes more."""
+    return max(0.0, sum(map(seconds, candidate.nodes)) / sum(map(seconds, graph.nodes)) - 1)
+
+
 def _worthwhile(graph: Graph, candidate: Graph, recipe: Recipe) -> bool:
-    slower = max(0.0, sum(map(seconds, candidate.nodes)) / sum(map(seconds, graph.nodes)) - 1)
+    slower = _slower(graph, candidate)
     after = max(memory.live_peak(reorder.searched(candidate, recipe), recipe.workspace), recipe.sufficient)
     if 1 - after / reorder.least_peak(graph, recipe) > slower:
         return True
@@ -204,8 +232,12 @@ def _worthwhile(graph: Graph, candidate: Graph, recipe: Recipe) -> bool:
     return 1 - after / before > slower
 
 
-def tiled(graph: Graph, head: Head, width: int) -> Graph:
-    """The graph with the nodes of a head made anew for each ``width`` classes."""
+def tiled(graph: Graph, head: Head, kept: int, *, separable: bool = False) -> Graph:
+    """The graph with the nodes of a head made anew for each tile, the logits of the last ``kept`` of them only once.
+
+    Those are one tile, of which the gradient of the weight is made in parts. Only where they are to be ``separable``,
+    for a later pass that chooses what else is not kept, they are as many tiles as others.
+    """
     replaced = set(head.nodes())
     behind = {output for node in replaced for output in node.outputs}
     later: list[Node] = []
@@ -218,7 +250,11 @@ def tiled(graph: Graph, head: Head, width: int) -> Graph:
         else:
             behind.update(node.outputs)
             later.append(node)
-    new = _Tiles(builder, head, width).run()
+    tiles = head.tiles
+    again, once = tiles[: len(tiles) - kept], tiles[len(tiles) - kept :]
+    if once and not separable:
+        once = [(once[0][0], head.classes)]
+    new = _Tiles(builder, head, again, once).run()
     builder.nodes += [replace(node, inputs=tuple(new.get(v, v) for v in node.inputs)) for node in later]
     outputs = {name: new.get(value, value) for name, value in graph.outputs.items()}
     updates = {state: new.get(value, value) for state, value in graph.updates.items()}
@@ -227,17 +263,24 @@ def tiled(graph: Graph, head: Head, width: int) -> Graph:
 
 
 class _Tiles:
-    """Emits both passes over the tiles."""
+    """Emits both passes over the tiles: forward from the first to the last, backward from the last to the first.
 
-    def __init__(self, builder: Builder, head: Head, width: int) -> None:
+    The last tiles are those whose logits are kept: they are given up before others are computed again, and the weight
+    is read where it lies until it is updated.
+    """
+
+    def __init__(self, builder: Builder, head: Head, again: list[Tile], once: list[Tile]) -> None:
         self.builder, self.head = builder, head
-        self.tiles = [(start, min(start + width, head.classes)) for start in range(0, head.classes, width)]
+        self.again, self.once = again, once
         given, self.weight, *self.bias = head.product.inputs
         builder.origin = head.product.origin
         self.rows = builder("reshape", given, shape=(head.tokens, given.type.shape[-1]), hint="rows")
         labels = head.loss.inputs[1]
         self.labels = builder("reshape", labels, shape=(head.tokens,), hint="labels")
         self.loss_attrs = {name: value for name, value in head.loss.attrs.items() if name != "first_row"}
+        self.parts: dict[Tile, Value] = {}  # of the weight, and the logits: those of the forward pass
+        self.logits: dict[Tile, Value] = {}
+        self.states = _updated_states(head.update) if head.update is not None else (self.weight,)
         self.whole: dict[Node, Value] = {}  # gradients of which each tile has a part
 
     def run(self) -> dict[Value, Value]:
@@ -254,57 +297,69 @@ class _Tiles:
             new.update(self._backward(head.gradient, running))
         return new
 
-    def _logits(self, weight: Value, start: int, stop: int) -> tuple[Value, Value]:
-        """The rows of the weight, and the logits, of a tile."""
-        part = self.builder("slice", weight, axis=0, start=start, stop=stop, hint="tile_weight")
-        bias = [self.builder("slice", value, axis=0, start=start, stop=stop, hint="tile_bias") for value in self.bias]
-        return part, self.builder("matmul", self.rows, part, *bias, transpose_b=True, hint="tile_logits")
+    def _slice(self, value: Value, tile: Tile, hint: str) -> Value:
+        return self.builder("slice", value, axis=0, start=tile[0], stop=tile[1], hint=hint)
+
+    def _product(self, tile: Tile, weight: Value) -> Value:
+        """The logits of a tile, from its rows of the weight."""
+        bias = [self._slice(value, tile, "tile_bias") for value in self.bias]
+        return self.builder("matmul", self.rows, weight, *bias, transpose_b=True, hint="tile_logits")
 
     def _statistics(self) -> Value:
         running: tuple[Value, ...] = ()
-        for start, stop in self.tiles:
+        for tile in (*self.again, *self.once):
             self.builder.origin = self.head.product.origin
-            _, logits = self._logits(self.weight, start, stop)
+            self.parts[tile] = weight = self._slice(self.weight, tile, "tile_weight")
+            self.logits[tile] = logits = self._product(tile, weight)
             self.builder.origin = self.head.loss.origin
-            ignored = self.loss_attrs["ignore_index"]
-            attrs = {"start": start, "ignore_index": ignored}
+            attrs = {"start": tile[0], "ignore_index": self.loss_attrs["ignore_index"]}
             running = (self.builder("cross_entropy_tile", logits, self.labels, *running, hint="running", **attrs),)
         return running[0]
 
     def _backward(self, gradient: Node, running: Value) -> dict[Value, Value]:
         head, builder = self.head, self.builder
-        states = _updated_states(head.update) if head.update is not None else (self.weight,)
-        for start, stop in self.tiles:
+        for tile in reversed((*self.again, *self.once)):
             builder.origin = replace(head.product.origin, phase="backward")
-            weight, logits = self._logits(states[0], start, stop)
+            updated = self.states[0] is not self.weight
+            weight = self._slice(self.states[0], tile, "tile_weight") if updated else self.parts[tile]
+            logits = self.logits[tile] if tile in self.once else self._product(tile, weight)
             builder.origin = gradient.origin
-            attrs = {**self.loss_attrs, "start": start, "classes": head.classes}
+            attrs = {**self.loss_attrs, "start": tile[0], "classes": head.classes}
             operands = (gradient.inputs[0], logits, self.labels, running)
             ct = builder("cross_entropy_grad_tile", *operands, hint="tile_gradient", **attrs)
             if head.input_gradient is not None:
                 self._add(head.input_gradient, ct, weight)
             if head.bias_gradient is not None:
                 builder.origin = head.bias_gradient.origin
-                self._insert(head.bias_gradient, builder("reduce_sum", ct, axes=(0,)), start)
+                self._insert(head.bias_gradient, builder("reduce_sum", ct, axes=(0,)), tile[0])
             if head.weight_gradient is not None:
-                states = self._weight_part(head.weight_gradient, ct, states, start)
+                self._weight_gradient(head.weight_gradient, tile, ct)
         new = {node.outputs[0]: self._like(node, value) for node, value in self.whole.items()}
         if head.update is not None:
-            new.update(zip(head.update.outputs, states, strict=True))
+            new.update(zip(head.update.outputs, self.states, strict=True))
         return new
 
-    def _weight_part(self, node: Node, ct: Value, states: tuple[Value, ...], start: int) -> tuple[Value, ...]:
-        """Some rows of the weight's gradient: used for the update at once, or put in their place in the whole."""
+    def _weight_gradient(self, node: Node, tile: Tile, ct: Value) -> None:
+        """Rows of the weight's gradient, some at a time: used for the update at once, or put in their place."""
+        for start, stop in self.head.tiles:
+            if not tile[0] <= start < tile[1]:
+                continue
+            self.builder.origin = node.origin
+            columns = ct
+            if (start, stop) != tile:
+                first, behind = start - tile[0], stop - tile[0]
+                columns = self.builder("slice", ct, axis=1, start=first, stop=behind, hint="tile_gradient")
+            part = self.builder("matmul", columns, node.inputs[1], transpose_a=True, hint="tile_weight_gradient")
+            if self.head.update is None:
+                self._insert(node, part, start)
+            else:
+                self._update(self.head.update, part, start)
+
+    def _update(self, node: Node, gradient: Value, start: int) -> None:
+        """The rows of the weight and its slots from ``start`` on."""
         self.builder.origin = node.origin
-        part = self.builder("matmul", ct, node.inputs[1], transpose_a=True, hint="tile_weight_gradient")
-        update = self.head.update
-        if update is None:
-            self._insert(node, part, start)
-            return states
-        self.builder.origin = update.origin
-        scalars = update.inputs[1 + len(states) :]
-        attrs = {**update.attrs, "start": start}
-        return self.builder.multi(update.op, states[0], part, *states[1:], *scalars, hint=update.op, **attrs)
+        operands = (self.states[0], gradient, *self.states[1:], *node.inputs[1 + len(self.states) :])
+        self.states = self.builder.multi(node.op, *operands, hint=node.op, **{**node.attrs, "start": start})
 
     def _add(self, node: Node, ct: Value, weight: Value) -> None:
         self.builder.origin = node.origin
