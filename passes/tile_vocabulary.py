@@ -35,10 +35,9 @@ _OPERANDS = {"sgd": 3, "momentum": 5, "adam": 6, "lion": 4}
 def run(graph: Graph, recipe: Recipe) -> Graph:
     """Run ``matmul -> cross_entropy``, what counts correct predictions, and the gradients, over tiles of the classes.
 
-    That is done where it lowers the graph's peak by a larger share than it raises the estimated time. Without a target
-    logits are kept, unless to compute all of them again costs next to nothing, as long as the peak is not more than
-    `MOST_GROWTH` times the smallest one. Under a target all are kept here: `fit_memory` knows what else there is to
-    compute again.
+    That is done where it lowers the graph's peak by a larger share than it raises the estimated time. Unless to compute
+    all logits again costs next to nothing, those of as many tiles are kept as there is room for: under a target up to
+    that, without one as long as the peak is not more than `MOST_GROWTH` times the smallest.
 
     Pre:  biases are fused, gradients and optimizer attached; nothing but losses reads the logits.
     Post: the same function to rounding. Where it was applied, no value has all logits or their gradient; a weight whose
@@ -48,11 +47,10 @@ def run(graph: Graph, recipe: Recipe) -> Graph:
         if _tile_width(head) >= head.classes:
             continue
         candidate = smallest = tiled(graph, head, 0)
-        under_target = recipe.transient_target is not None
-        if not under_target and _slower(graph, smallest) > FREE_SHARE:
+        if _slower(graph, smallest) > FREE_SHARE:
             candidate = tiled(graph, head, _kept(head, smallest, recipe))
-        if _worthwhile(graph, candidate, recipe):
-            graph = tiled(graph, head, len(head.tiles), separable=True) if under_target else candidate
+        if _worthwhile(graph, candidate if recipe.transient_target is None else smallest, recipe):
+            graph = candidate
     return graph
 
 
@@ -214,8 +212,9 @@ def _tile_width(head: Head) -> int:
 def _kept(head: Head, smallest: Graph, recipe: Recipe) -> int:
     """Of how many tiles the logits may be kept, by what the graph needs without any."""
     least = max(reorder.least_peak(smallest, recipe), recipe.sufficient)
+    most = MOST_GROWTH * least if recipe.transient_target is None else recipe.transient_target
     tile = 4 * head.tokens * _tile_width(head)
-    return min((MOST_GROWTH - 1) * least // tile, len(head.tiles))
+    return max(0, min((most - least) // tile, len(head.tiles)))
 
 
 def _slower(graph: Graph, candidate: Graph) -> float:
@@ -232,11 +231,10 @@ def _worthwhile(graph: Graph, candidate: Graph, recipe: Recipe) -> bool:
     return 1 - after / before > slower
 
 
-def tiled(graph: Graph, head: Head, kept: int, *, separable: bool = False) -> Graph:
-    """The graph with the nodes of a head made anew for each tile, the logits of the last ``kept`` of them only once.
+def tiled(graph: Graph, head: Head, kept: int) -> Graph:
+    """The graph with the nodes of a head made anew for each tile, the logits of the last ``kept`` tiles only once.
 
-    Those are one tile, of which the gradient of the weight is made in parts. Only where they are to be ``separable``,
-    for a later pass that chooses what else is not kept, they are as many tiles as others.
+    Those are one tile, of which the gradient of the weight is made in parts.
     """
     replaced = set(head.nodes())
     behind = {output for node in replaced for output in node.outputs}
@@ -251,9 +249,8 @@ def tiled(graph: Graph, head: Head, kept: int, *, separable: bool = False) -> Gr
             behind.update(node.outputs)
             later.append(node)
     tiles = head.tiles
-    again, once = tiles[: len(tiles) - kept], tiles[len(tiles) - kept :]
-    if once and not separable:
-        once = [(once[0][0], head.classes)]
+    again = tiles[: len(tiles) - kept]
+    once = (tiles[-kept][0], head.classes) if kept else None
     new = _Tiles(builder, head, again, once).run()
     builder.nodes += [replace(node, inputs=tuple(new.get(v, v) for v in node.inputs)) for node in later]
     outputs = {name: new.get(value, value) for name, value in graph.outputs.items()}
@@ -265,13 +262,14 @@ def tiled(graph: Graph, head: Head, kept: int, *, separable: bool = False) -> Gr
 class _Tiles:
     """Emits both passes over the tiles: forward from the first to the last, backward from the last to the first.
 
-    The last tiles are those whose logits are kept: they are given up before others are computed again, and the weight
-    is read where it lies until it is updated.
+    The last one may be the tile whose logits are kept: they are given up before others are computed again, and the
+    weight is read where it lies until it is updated.
     """
 
-    def __init__(self, builder: Builder, head: Head, again: list[Tile], once: list[Tile]) -> None:
+    def __init__(self, builder: Builder, head: Head, again: list[Tile], once: Tile | None) -> None:
         self.builder, self.head = builder, head
-        self.again, self.once = again, once
+        self.once = once
+        self.tiles = again if once is None else [*again, once]
         given, self.weight, *self.bias = head.product.inputs
         builder.origin = head.product.origin
         self.rows = builder("reshape", given, shape=(head.tokens, given.type.shape[-1]), hint="rows")
@@ -307,7 +305,7 @@ class _Tiles:
 
     def _statistics(self) -> Value:
         running: tuple[Value, ...] = ()
-        for tile in (*self.again, *self.once):
+        for tile in self.tiles:
             self.builder.origin = self.head.product.origin
             self.parts[tile] = weight = self._slice(self.weight, tile, "tile_weight")
             self.logits[tile] = logits = self._product(tile, weight)
@@ -318,11 +316,11 @@ class _Tiles:
 
     def _backward(self, gradient: Node, running: Value) -> dict[Value, Value]:
         head, builder = self.head, self.builder
-        for tile in reversed((*self.again, *self.once)):
+        for tile in reversed(self.tiles):
             builder.origin = replace(head.product.origin, phase="backward")
             updated = self.states[0] is not self.weight
             weight = self._slice(self.states[0], tile, "tile_weight") if updated else self.parts[tile]
-            logits = self.logits[tile] if tile in self.once else self._product(tile, weight)
+            logits = self.logits[tile] if tile == self.once else self._product(tile, weight)
             builder.origin = gradient.origin
             attrs = {**self.loss_attrs, "start": tile[0], "classes": head.classes}
             operands = (gradient.inputs[0], logits, self.labels, running)

@@ -26,8 +26,6 @@ from pockc.passes import (
     tile_vocabulary,
 )
 from pockc.passes.lifetimes import overwritten, update_chains
-from pockc.passes.recompute_model import Step
-from pockc.passes.rematerialise import with_second_computations
 from pockc.recipe import Recipe, no_workspace
 from pockc.scheme import Channels
 from pockc.verify import verify
@@ -295,30 +293,6 @@ def test_kept_logits_are_computed_once(
     parts = [v.type.shape for n in after.nodes for v in n.outputs if "tile_weight_gradient" in v.name]
     width = untouched.get(next(name for name, case in CASES.items() if case[1] is options), WIDTH)
     assert sorted(parts) == (sorted([(16, width)] * 4 + [(WORDS - 64, width)]) if width else [])
-
-
-@pytest.mark.usefixtures("forced")
-@pytest.mark.parametrize(("model", "options"), CASES.values(), ids=CASES)
-def test_under_a_target_logits_are_kept_and_may_be_dropped_one_tile_at_a_time(
-    model: dict[str, bool], options: Recipe
-) -> None:
-    """What is dropped reads the rows of the weight where they are by then: no second copy of the weight is made."""
-    before = lowered(language_model(**model), options)
-    separable = tile_vocabulary.run(before, replace(options, transient_target=1))
-    both_agree(before, separable)
-    ordered = reorder.prepared(separable)
-    logits = [i for i, node in enumerate(ordered.nodes) if any("tile_logits" in value.name for value in node.outputs)]
-    assert len(logits) == 5
-    copies = op_counts(reorder.run(before, options).nodes).get("copy", 0)
-    for dropped in (logits[1::2], logits):
-        after = with_second_computations(ordered, Step(ordered, no_workspace), dropped)
-        both_agree(before, after)
-        again = [node for node in after.nodes if node.op == "matmul" and node.origin.phase == "recompute"]
-        assert len(again) == len(dropped)
-        scheduled = reorder.run(after, options)
-        for state, chain in update_chains(scheduled).items():
-            assert all(overwritten(scheduled)[link][0] is state for link in chain)
-        assert op_counts(scheduled.nodes).get("copy", 0) == copies
 
 
 def test_evaluation_of_one_label_per_sample_keeps_its_logits() -> None:
