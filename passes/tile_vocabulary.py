@@ -5,13 +5,15 @@ and both are alive together: the peak of a language model's training step. Here 
 and what the loss needs of them is noted per token. The backward pass goes over the tiles again, turns the logits of
 each into their gradient, and where nothing else is added to the gradient of the weight, updates those rows of it at
 once. Logits that were kept until then are needed in memory, those that were not are computed a second time: all of them
-once more are four products of that size instead of three.
+once more are four products of that size instead of three. Where the weight is frozen nothing needs the gradient of all
+logits: some tokens at a time go through both passes at once, and no product is needed twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from pockc.ir import Builder, Graph, Node, Value
 from pockc.passes import memory, reorder
@@ -23,6 +25,8 @@ from pockc.recipe import Recipe
 TILE_BYTES = 2 << 20  # of a tile's logits, and of its rows of the weight
 TILE_MULTIPLE = 16  # rows of the weight, so that they begin at multiples of 64 bytes whatever its width
 MOST_TILES = 64  # more calls would take too long to plan
+ROWS_BYTES = 16 << 20  # of the logits of some tokens,
+LEAST_ROWS = 64  # and as many tokens at the least: the weight is read once for these
 MOST_GROWTH = 3  # times the peak without kept logits, which these may make of it where no target is given
 
 Tile = tuple[int, int]  # first class, and the first behind
@@ -48,7 +52,7 @@ def run(graph: Graph, recipe: Recipe) -> Graph:
             continue
         candidate = smallest = tiled(graph, head, 0)
         if _slower(graph, smallest) > FREE_SHARE:
-            candidate = tiled(graph, head, _kept(head, smallest, recipe))
+            candidate = _faster(graph, head, smallest, recipe)
         if _worthwhile(graph, candidate if recipe.transient_target is None else smallest, recipe):
             graph = candidate
     return graph
@@ -102,9 +106,22 @@ def _heads(graph: Graph) -> Iterator[Head]:
         if product is None or not _is_linear(product):
             continue
         head = Head(product, node)
-        if _take_losses(head, readers, results) and _take_gradients(head, readers, results):
+        taken = _take_losses(head, readers, results) and _take_gradients(head, readers, results)
+        if taken and not _waits_for_loss(head, producers):
             head.update = _immediate_update(head, graph, readers)
             yield head
+
+
+def _waits_for_loss(head: Head, producers: dict[Value, Node]) -> bool:
+    """Whether the loss's own gradient is computed from the loss: both passes are emitted as one."""
+    stack = [head.gradient.inputs[0]] if head.gradient is not None else []
+    seen: set[Node] = set()
+    while stack:
+        node = producers.get(stack.pop())
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack += node.inputs
+    return head.loss in seen
 
 
 def _is_linear(node: Node) -> bool:
@@ -209,6 +226,21 @@ def _tile_width(head: Head) -> int:
     return max(1, -(-width // TILE_MULTIPLE)) * TILE_MULTIPLE
 
 
+def _faster(graph: Graph, head: Head, smallest: Graph, recipe: Recipe) -> Graph:
+    """The graph with as few logits computed twice as memory allows."""
+    target = recipe.transient_target
+    if head.weight_gradient is None and head.tokens >= 2 * _height(head):
+        candidate = in_rows(graph, head, _height(head))
+        if target is None or reorder.least_peak(candidate, recipe) <= target:
+            return candidate
+    return tiled(graph, head, _kept(head, smallest, recipe))
+
+
+def _height(head: Head) -> int:
+    """Tokens at a time, where these go through both passes at once."""
+    return max(LEAST_ROWS, ROWS_BYTES // (4 * head.classes) // TILE_MULTIPLE * TILE_MULTIPLE)
+
+
 def _kept(head: Head, smallest: Graph, recipe: Recipe) -> int:
     """Of how many tiles the logits may be kept, by what the graph needs without any."""
     least = max(reorder.least_peak(smallest, recipe), recipe.sufficient)
@@ -236,6 +268,19 @@ def tiled(graph: Graph, head: Head, kept: int) -> Graph:
 
     Those are one tile, of which the gradient of the weight is made in parts.
     """
+    tiles = head.tiles
+    again = tiles[: len(tiles) - kept]
+    once = (tiles[-kept][0], head.classes) if kept else None
+    return _remade(graph, head, lambda builder: _Tiles(builder, head, again, once).run())
+
+
+def in_rows(graph: Graph, head: Head, height: int) -> Graph:
+    """The graph with the nodes of a head of frozen weight made anew for each ``height`` tokens."""
+    return _remade(graph, head, lambda builder: _over_rows(builder, head, height))
+
+
+def _remade(graph: Graph, head: Head, make: Callable[[Builder], dict[Value, Value]]) -> Graph:
+    """The graph with what ``make`` emits in place of the nodes of a head: a value for each that others read."""
     replaced = set(head.nodes())
     behind = {output for node in replaced for output in node.outputs}
     later: list[Node] = []
@@ -248,15 +293,91 @@ def tiled(graph: Graph, head: Head, kept: int) -> Graph:
         else:
             behind.update(node.outputs)
             later.append(node)
-    tiles = head.tiles
-    again = tiles[: len(tiles) - kept]
-    once = (tiles[-kept][0], head.classes) if kept else None
-    new = _Tiles(builder, head, again, once).run()
+    new = make(builder)
     builder.nodes += [replace(node, inputs=tuple(new.get(v, v) for v in node.inputs)) for node in later]
     outputs = {name: new.get(value, value) for name, value in graph.outputs.items()}
     updates = {state: new.get(value, value) for state, value in graph.updates.items()}
     builder.nodes = live_nodes(builder.nodes, {*outputs.values(), *updates.values()})
     return builder.build(outputs, updates)
+
+
+def _over_rows(builder: Builder, head: Head, height: int) -> dict[Value, Value]:
+    """Emits both passes over some tokens after the other.
+
+    The gradient of a mean over all tokens that count needs their number, which the labels tell before any logits.
+    """
+    given, weight, *bias = head.product.inputs
+    builder.origin = head.product.origin
+    rows = builder("reshape", given, shape=(head.tokens, given.type.shape[-1]), hint="rows")
+    labels = builder("reshape", head.loss.inputs[1], shape=(head.tokens,), hint="labels")
+    known: list[Value] = []
+    sums = _Sums(builder)
+    for start in range(0, head.tokens, height):
+        stop = min(start + height, head.tokens)
+        builder.origin = head.product.origin
+        part = builder("slice", rows, axis=0, start=start, stop=stop, hint="some_rows")
+        logits = builder("matmul", part, weight, *bias, transpose_b=True, hint="row_logits")
+        builder.origin = head.loss.origin
+        own = builder("slice", labels, axis=0, start=start, stop=stop, hint="labels")
+        ignored = head.loss.attrs["ignore_index"]
+        known.append(builder("cross_entropy_tile", logits, own, start=0, ignore_index=ignored, hint="running"))
+        if head.gradient is None:
+            continue
+        builder.origin = head.gradient.origin
+        attrs = {**head.loss.attrs, "first_row": start}
+        ct = builder("cross_entropy_grad", head.gradient.inputs[0], logits, labels, hint="row_gradient", **attrs)
+        if head.input_gradient is not None:
+            builder.origin = head.input_gradient.origin
+            sums.insert(head.input_gradient, builder("matmul", ct, weight, hint="gradient"), start, height=head.tokens)
+        if head.bias_gradient is not None:
+            builder.origin = head.bias_gradient.origin
+            sums.add(head.bias_gradient, builder("reduce_sum", ct, axes=(0,), hint="gradient"))
+    builder.origin = head.loss.origin
+    return {**_losses(builder, head, builder("concat", *known, axis=0, hint="running"), labels), **sums.results()}
+
+
+def _losses(builder: Builder, head: Head, running: Value, labels: Value) -> dict[Value, Value]:
+    """Loss and counts, from what is known of every token."""
+    builder.origin = head.loss.origin
+    attrs = {**_loss_attrs(head), "classes": head.classes}
+    new = {head.loss.outputs[0]: builder("cross_entropy_of_tiles", running, labels, hint="loss", **attrs)}
+    if head.count is not None:
+        counts = builder.multi("count_correct_of_tiles", running, labels, **head.count.attrs)
+        new.update(zip(head.count.outputs, counts, strict=True))
+    return new
+
+
+def _loss_attrs(head: Head) -> dict[str, Any]:
+    return {name: value for name, value in head.loss.attrs.items() if name != "first_row"}
+
+
+class _Sums:
+    """Gradients that are put together from parts, by the nodes that made each as a whole."""
+
+    def __init__(self, builder: Builder) -> None:
+        self.builder = builder
+        self.whole: dict[Node, Value] = {}
+
+    def add(self, node: Node, part: Value) -> None:
+        """One more term."""
+        known = self.whole.get(node)
+        self.whole[node] = part if known is None else self.builder("add", known, part, hint="gradient")
+
+    def insert(self, node: Node, part: Value, start: int, *, height: int) -> None:
+        """The rows from ``start`` on, of so many."""
+        if node not in self.whole:
+            shape = (height, *part.type.shape[1:])
+            self.whole[node] = self.builder("expand", self.builder.constant(0.0), shape=shape, hint="gradient")
+        self.whole[node] = self.builder("insert", self.whole[node], part, axis=0, start=start, hint="gradient")
+
+    def results(self) -> dict[Value, Value]:
+        """What replaces the output of each node, in its shape."""
+        return {node.outputs[0]: self._like(node, value) for node, value in self.whole.items()}
+
+    def _like(self, node: Node, value: Value) -> Value:
+        self.builder.origin = node.origin
+        shape = node.outputs[0].type.shape
+        return value if value.type.shape == shape else self.builder("reshape", value, shape=shape, hint="gradient")
 
 
 class _Tiles:
@@ -275,24 +396,18 @@ class _Tiles:
         self.rows = builder("reshape", given, shape=(head.tokens, given.type.shape[-1]), hint="rows")
         labels = head.loss.inputs[1]
         self.labels = builder("reshape", labels, shape=(head.tokens,), hint="labels")
-        self.loss_attrs = {name: value for name, value in head.loss.attrs.items() if name != "first_row"}
+        self.loss_attrs = _loss_attrs(head)
         self.parts: dict[Tile, Value] = {}  # of the weight, and the logits: those of the forward pass
         self.logits: dict[Tile, Value] = {}
         self.states = _updated_states(head.update) if head.update is not None else (self.weight,)
-        self.whole: dict[Node, Value] = {}  # gradients of which each tile has a part
+        self.sums = _Sums(builder)
 
     def run(self) -> dict[Value, Value]:
         """What replaces each output of the head's nodes that others read."""
-        head, builder = self.head, self.builder
         running = self._statistics()
-        builder.origin = head.loss.origin
-        attrs = {**self.loss_attrs, "classes": head.classes}
-        new = {head.loss.outputs[0]: builder("cross_entropy_of_tiles", running, self.labels, hint="loss", **attrs)}
-        if head.count is not None:
-            counts = builder.multi("count_correct_of_tiles", running, self.labels, **head.count.attrs)
-            new.update(zip(head.count.outputs, counts, strict=True))
-        if head.gradient is not None:
-            new.update(self._backward(head.gradient, running))
+        new = _losses(self.builder, self.head, running, self.labels)
+        if self.head.gradient is not None:
+            new.update(self._backward(self.head.gradient, running))
         return new
 
     def _slice(self, value: Value, tile: Tile, hint: str) -> Value:
@@ -326,13 +441,15 @@ class _Tiles:
             operands = (gradient.inputs[0], logits, self.labels, running)
             ct = builder("cross_entropy_grad_tile", *operands, hint="tile_gradient", **attrs)
             if head.input_gradient is not None:
-                self._add(head.input_gradient, ct, weight)
+                builder.origin = head.input_gradient.origin
+                self.sums.add(head.input_gradient, builder("matmul", ct, weight, hint="gradient"))
             if head.bias_gradient is not None:
                 builder.origin = head.bias_gradient.origin
-                self._insert(head.bias_gradient, builder("reduce_sum", ct, axes=(0,)), tile[0])
+                part = builder("reduce_sum", ct, axes=(0,))
+                self.sums.insert(head.bias_gradient, part, tile[0], height=head.classes)
             if head.weight_gradient is not None:
                 self._weight_gradient(head.weight_gradient, tile, ct)
-        new = {node.outputs[0]: self._like(node, value) for node, value in self.whole.items()}
+        new = self.sums.results()
         if head.update is not None:
             new.update(zip(head.update.outputs, self.states, strict=True))
         return new
@@ -349,7 +466,7 @@ class _Tiles:
                 columns = self.builder("slice", ct, axis=1, start=first, stop=behind, hint="tile_gradient")
             part = self.builder("matmul", columns, node.inputs[1], transpose_a=True, hint="tile_weight_gradient")
             if self.head.update is None:
-                self._insert(node, part, start)
+                self.sums.insert(node, part, start, height=self.head.classes)
             else:
                 self._update(self.head.update, part, start)
 
@@ -358,21 +475,3 @@ class _Tiles:
         self.builder.origin = node.origin
         operands = (self.states[0], gradient, *self.states[1:], *node.inputs[1 + len(self.states) :])
         self.states = self.builder.multi(node.op, *operands, hint=node.op, **{**node.attrs, "start": start})
-
-    def _add(self, node: Node, ct: Value, weight: Value) -> None:
-        self.builder.origin = node.origin
-        part = self.builder("matmul", ct, weight, hint="gradient")
-        known = self.whole.get(node)
-        self.whole[node] = part if known is None else self.builder("add", known, part, hint="gradient")
-
-    def _insert(self, node: Node, part: Value, start: int) -> None:
-        shape = node.outputs[0].type.shape
-        if node not in self.whole:
-            self.whole[node] = self.builder("expand", self.builder.constant(0.0), shape=shape, hint="gradient")
-        self.whole[node] = self.builder("insert", self.whole[node], part, axis=0, start=start, hint="gradient")
-
-    def _like(self, node: Node, value: Value) -> Value:
-        """The value in the shape of the node's output."""
-        self.builder.origin = node.origin
-        shape = node.outputs[0].type.shape
-        return value if value.type.shape == shape else self.builder("reshape", value, shape=shape, hint="gradient")

@@ -295,6 +295,40 @@ def test_kept_logits_are_computed_once(
     assert sorted(parts) == (sorted([(16, width)] * 4 + [(WORDS - 64, width)]) if width else [])
 
 
+@pytest.mark.usefixtures("forced")
+@pytest.mark.parametrize("loss_options", [{}, {"label_smoothing": 0.1}, {"ignore_index": 3}])
+def test_frozen_head_takes_some_tokens_at_a_time(
+    loss_options: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each product once; the last tokens are fewer than the others."""
+    monkeypatch.setattr(tile_vocabulary, "LEAST_ROWS", 4)
+    monkeypatch.setattr(tile_vocabulary, "ROWS_BYTES", 4 * 4 * WORDS)
+    options = recipe("body", "bias", loss_options=loss_options)
+    before = lowered(language_model(bias=True), options)
+    after = tile_vocabulary.run(before, options)
+    given = batch()
+    if "ignore_index" in loss_options:
+        given["labels"] = np.where(given["labels"] == IGNORED, 3, given["labels"])
+    both_agree(before, after, given)
+    logits = [value.type.shape for node in after.nodes for value in node.outputs if "row_logits" in value.name]
+    assert logits == [(4, WORDS)] * 3 + [(3, WORDS)]
+    assert sum(node.op == "matmul" for node in after.nodes) == sum(node.op == "matmul" for node in before.nodes) + 2 * 3
+    tight = replace(options, transient_target=1)
+    assert "cross_entropy_grad_tile" in op_counts(tile_vocabulary.run(before, tight).nodes)
+
+
+@pytest.mark.usefixtures("forced")
+def test_gradient_that_depends_on_the_loss_comes_behind_all_logits() -> None:
+    options = recipe("body", "head")
+    attached = attach_loss.run(language_model(), options)
+    b = Builder(attached)
+    squared = b.build({"loss": b("mul", attached.outputs["loss"], attached.outputs["loss"])})
+    before = differentiate.run(squared, options)
+    for step in (attach_optimizer, slice_updates, cse, dce, fuse):
+        before = step.run(before, options)
+    assert tile_vocabulary.run(before, options) is before
+
+
 def test_evaluation_of_one_label_per_sample_keeps_its_logits() -> None:
     b = Builder()
     x = b.input("x", TensorType((4, WIDTH)))
