@@ -25,8 +25,8 @@ from pockc.recipe import Recipe
 TILE_BYTES = 2 << 20  # of a tile's logits, and of its rows of the weight
 TILE_MULTIPLE = 16  # rows of the weight, so that they begin at multiples of 64 bytes whatever its width
 MOST_TILES = 64  # more calls would take too long to plan
-ROWS_BYTES = 16 << 20  # of the logits of some tokens,
-LEAST_ROWS = 64  # and as many tokens at the least: the weight is read once for these
+ROWS_BYTES = 32 << 20  # of the logits of some tokens,
+LEAST_ROWS = 128  # and as many tokens at the least: the weight is read once for these
 MOST_GROWTH = 3  # times the peak without kept logits, which these may make of it where no target is given
 
 Tile = tuple[int, int]  # first class, and the first behind

@@ -363,6 +363,43 @@ def test_applied_where_it_saves_more_memory_than_it_costs_time(monkeypatch: pyte
     assert tile_vocabulary.run(cheap, options) is cheap
 
 
+def test_target_says_how_many_logits_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tile_vocabulary, "TILE_BYTES", 2 << 20)
+    options = recipe("body", "head")
+    before = lowered(language_model(words=4000, tokens=256, width=64), options)
+    (head,) = tile_vocabulary._heads(before)
+    smallest = tile_vocabulary.tiled(before, head, 0)
+    least = reorder.least_peak(smallest, options)
+    tile = 4 * head.tokens * head.tiles[0][1]
+    assert len(head.tiles) == 6
+    for kept in (0, 1, 4, 6):
+        for target in (least + kept * tile, least + (kept + 1) * tile - 1):
+            after = tile_vocabulary.run(before, replace(options, transient_target=target))
+            products = sum("tile_logits" in value.name for node in after.nodes for value in node.outputs)
+            assert products == 2 * (6 - kept) + (kept > 0)
+            assert memory.live_peak(reorder.run(after, options), no_workspace) <= 1.1 * least + kept * tile
+
+
+def test_without_a_target_logits_are_kept_up_to_a_multiple_of_the_smallest_peak(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tile_vocabulary, "TILE_BYTES", 2 << 20)
+    options = recipe("body", "head")
+    before = lowered(language_model(words=4000, tokens=256, width=64), options)
+    (head,) = tile_vocabulary._heads(before)
+    least = reorder.least_peak(tile_vocabulary.tiled(before, head, 0), options)
+    peaks = []
+    for growth in (1, 2, 4):
+        monkeypatch.setattr(tile_vocabulary, "MOST_GROWTH", growth)
+        after = tile_vocabulary.run(before, options)
+        peaks.append(memory.live_peak(reorder.run(after, options), no_workspace))
+        assert peaks[-1] <= 1.1 * growth * least
+    assert peaks[0] < peaks[1] < peaks[2]
+    monkeypatch.setattr(tile_vocabulary, "FREE_SHARE", 10.0)  # computing them again may cost whatever it does
+    cheap = tile_vocabulary.run(before, options)
+    assert memory.live_peak(reorder.run(cheap, options), no_workspace) == peaks[0]
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_gradient_of_a_tile_agrees_with_finite_differences(smoothing: float) -> None:
     """Of the loss that the tiles give, in a random direction of one tile's logits."""
