@@ -27,6 +27,7 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 32 words, whatever they cost."""
     monkeypatch.setattr(tile_vocabulary, "TILE_BYTES", 4 * 32 * 72)
     monkeypatch.setattr(tile_vocabulary, "_worthwhile", lambda *_: True)
+    monkeypatch.setattr(tile_vocabulary, "_kept", lambda *_: 2)
 
 
 def model_of(name: str) -> Any:

@@ -43,7 +43,9 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles in any case, and no logits kept."""
     monkeypatch.setattr(tile_vocabulary, "_worthwhile", lambda *_: True)
+    monkeypatch.setattr(tile_vocabulary, "_kept", lambda *_: 0)
 
 
 def parameter(b: Builder, name: str, *shape: int) -> Value:
@@ -262,6 +264,71 @@ def test_evaluation_counts_instead_of_giving_logits() -> None:
     assert not has_logits(after)
 
 
+CASES: dict[str, tuple[dict[str, bool], Recipe]] = {
+    "sgd": ({}, recipe("table", "body", "head")),
+    "adamw": ({}, recipe("table", "body", "head", optimizer=AdamW(lr=0.01))),
+    "frozen head": ({}, recipe("body")),
+    "bias": ({"bias": True}, recipe("head", "bias", loss_options={"label_smoothing": 0.1})),
+    "tied": ({"tied": True}, recipe("table", "body")),
+    "clipped": ({}, recipe("table", "body", "head", optimizer=SGD(lr=0.1, clip_norm=0.1))),
+    "accumulated": ({}, recipe("table", "body", "head", accumulation=2)),
+    "channels": ({}, replace(recipe("head"), trained={"head": Channels(0.5, "first", 0), "body": None})),
+    "one byte": ({}, recipe("body", "head", optimizer=SGD(lr=0.1, momentum=0.9), state_dtype="int8")),
+}
+
+
+@pytest.mark.usefixtures("forced")
+@pytest.mark.parametrize("kept", [2, 5])
+@pytest.mark.parametrize(("model", "options"), CASES.values(), ids=CASES)
+def test_kept_logits_are_computed_once(
+    model: dict[str, bool], options: Recipe, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tile_vocabulary, "_kept", lambda *_: kept)
+    before = lowered(language_model(**model), options)
+    after = tile_vocabulary.run(before, options)
+    both_agree(before, after)
+    logits = [value.type.shape[1] for node in after.nodes for value in node.outputs if "tile_logits" in value.name]
+    assert logits == [*[16] * (5 - kept), WORDS - 16 * (5 - kept), *[16] * (5 - kept)]
+    untouched = {"frozen head": 0, "channels": WIDTH // 2}
+    parts = [v.type.shape for n in after.nodes for v in n.outputs if "tile_weight_gradient" in v.name]
+    width = untouched.get(next(name for name, case in CASES.items() if case[1] is options), WIDTH)
+    assert sorted(parts) == (sorted([(16, width)] * 4 + [(WORDS - 64, width)]) if width else [])
+
+
+@pytest.mark.usefixtures("forced")
+@pytest.mark.parametrize("loss_options", [{}, {"label_smoothing": 0.1}, {"ignore_index": 3}])
+def test_frozen_head_takes_some_tokens_at_a_time(
+    loss_options: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each product once; the last tokens are fewer than the others."""
+    monkeypatch.setattr(tile_vocabulary, "LEAST_ROWS", 4)
+    monkeypatch.setattr(tile_vocabulary, "ROWS_BYTES", 4 * 4 * WORDS)
+    options = recipe("body", "bias", loss_options=loss_options)
+    before = lowered(language_model(bias=True), options)
+    after = tile_vocabulary.run(before, options)
+    given = batch()
+    if "ignore_index" in loss_options:
+        given["labels"] = np.where(given["labels"] == IGNORED, 3, given["labels"])
+    both_agree(before, after, given)
+    logits = [value.type.shape for node in after.nodes for value in node.outputs if "row_logits" in value.name]
+    assert logits == [(4, WORDS)] * 3 + [(3, WORDS)]
+    assert sum(node.op == "matmul" for node in after.nodes) == sum(node.op == "matmul" for node in before.nodes) + 2 * 3
+    tight = replace(options, transient_target=1)
+    assert "cross_entropy_grad_tile" in op_counts(tile_vocabulary.run(before, tight).nodes)
+
+
+@pytest.mark.usefixtures("forced")
+def test_gradient_that_depends_on_the_loss_comes_behind_all_logits() -> None:
+    options = recipe("body", "head")
+    attached = attach_loss.run(language_model(), options)
+    b = Builder(attached)
+    squared = b.build({"loss": b("mul", attached.outputs["loss"], attached.outputs["loss"])})
+    before = differentiate.run(squared, options)
+    for step in (attach_optimizer, slice_updates, cse, dce, fuse):
+        before = step.run(before, options)
+    assert tile_vocabulary.run(before, options) is before
+
+
 def test_evaluation_of_one_label_per_sample_keeps_its_logits() -> None:
     b = Builder()
     x = b.input("x", TensorType((4, WIDTH)))
@@ -294,6 +361,43 @@ def test_applied_where_it_saves_more_memory_than_it_costs_time(monkeypatch: pyte
     monkeypatch.setattr(tile_vocabulary, "TILE_BYTES", 4 * 16 * BATCH * TOKENS)
     cheap = lowered(language_model(words=2000), options)  # its products take less time than the calls of the tiles
     assert tile_vocabulary.run(cheap, options) is cheap
+
+
+def test_target_says_how_many_logits_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tile_vocabulary, "TILE_BYTES", 2 << 20)
+    options = recipe("body", "head")
+    before = lowered(language_model(words=4000, tokens=256, width=64), options)
+    (head,) = tile_vocabulary._heads(before)
+    smallest = tile_vocabulary.tiled(before, head, 0)
+    least = reorder.least_peak(smallest, options)
+    tile = 4 * head.tokens * head.tiles[0][1]
+    assert len(head.tiles) == 6
+    for kept in (0, 1, 4, 6):
+        for target in (least + kept * tile, least + (kept + 1) * tile - 1):
+            after = tile_vocabulary.run(before, replace(options, transient_target=target))
+            products = sum("tile_logits" in value.name for node in after.nodes for value in node.outputs)
+            assert products == 2 * (6 - kept) + (kept > 0)
+            assert memory.live_peak(reorder.run(after, options), no_workspace) <= 1.1 * least + kept * tile
+
+
+def test_without_a_target_logits_are_kept_up_to_a_multiple_of_the_smallest_peak(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tile_vocabulary, "TILE_BYTES", 2 << 20)
+    options = recipe("body", "head")
+    before = lowered(language_model(words=4000, tokens=256, width=64), options)
+    (head,) = tile_vocabulary._heads(before)
+    least = reorder.least_peak(tile_vocabulary.tiled(before, head, 0), options)
+    peaks = []
+    for growth in (1, 3, 4):
+        monkeypatch.setattr(tile_vocabulary, "MOST_GROWTH", growth)
+        after = tile_vocabulary.run(before, options)
+        peaks.append(memory.live_peak(reorder.run(after, options), no_workspace))
+        assert peaks[-1] <= 1.1 * growth * least
+    assert peaks[0] < peaks[1] < peaks[2]
+    monkeypatch.setattr(tile_vocabulary, "FREE_SHARE", 10.0)  # computing them again may cost whatever it does
+    cheap = tile_vocabulary.run(before, options)
+    assert memory.live_peak(reorder.run(cheap, options), no_workspace) == peaks[0]
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
