@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from itertools import groupby
 
 from pockc.ir import Builder, Graph, Node, Value
 from pockc.ops.halves import MOVES, NARROWS, SUMS, is_weight_gradient
@@ -12,6 +13,7 @@ from pockc.passes.rewrite import live_nodes
 from pockc.recipe import Recipe
 
 HALVES: Mapping[str, str] = {"bf16": "b16", "fp16": "f16"}  # the dtype of the IR, by `Recipe.dtype`
+MOST_TAPS = 32  # of a convolution's window, per axis
 LEAST_BYTES = 4096  # of an activation: less saves less than its rounding is worth
 PRODUCTS = frozenset({"matmul", "conv2d", "conv2d_grad_input", "attention"})  # these take any mix of dtypes
 REDUCTIONS = frozenset({"reduce_sum", "reduce_mean", "reduce_max", "argmax", "cumsum"})
@@ -106,41 +108,52 @@ class _Halver:
 
 
 def taken_by(node: Node) -> tuple[int, ...]:
-    """The operands that a node takes in 16 bits, where it has such a form."""
-    if node.origin.module.startswith("<loss"):
+    """The operands that a node takes in 16 bits, where it has such a form: what the kernels accept, and no loss."""
+    if node.origin.module.startswith("<loss") or not _REQUIRED.get(node.op, _always)(node):
         return ()
     if node.op in MOVES:
         return tuple(range(len(node.inputs)))
-    if node.op == "conv2d" and node.attrs["groups"] > 1 and node.attrs["activation"] not in ("none", "clip"):
-        return ()  # a depthwise kernel would round before the activation
-    if node.op in REDUCTIONS and not _is_one_run(node):
-        return ()
-    if node.op in _BINARY and not _broadcasts_simply(node):
-        return ()
     return NARROWS.get(node.op, SUMS.get(node.op, ()))
 
 
-_BINARY = frozenset({"add", "sub", "mul", "div", "maximum", "minimum"})
+def _always(node: Node) -> bool:
+    return True
+
+
+def _has_window(node: Node) -> bool:
+    """Whether a convolution's window is one that vectorised kernels take.
+
+    Depthwise ones apply no activation but a clip before they round.
+    """
+    weight = node.outputs[0] if node.op == "conv2d_grad_weight" else node.inputs[1]
+    rounds_late = node.attrs["groups"] == 1 or node.attrs.get("activation", "none") in ("none", "clip")
+    return rounds_late and max(weight.type.shape[1:3]) <= MOST_TAPS
 
 
 def _is_one_run(node: Node) -> bool:
     """Whether the axes that a node reduces are neighbours but for axes of one element."""
-    axes, shape = node.attrs.get("axes", ()), node.inputs[0].type.shape
-    return bool(axes) and all(i in axes or shape[i] == 1 for i in range(axes[0], axes[-1]))
+    axes, shape = node.attrs["axes"], node.inputs[0].type.shape
+    return all(i in axes or shape[i] == 1 for i in range(axes[0], axes[-1]))
 
 
 def _broadcasts_simply(node: Node) -> bool:
-    """Whether one operand is of the result's shape, and the other is broadcast along one run of axes: the kernels' form."""
-    shape = node.outputs[0].type.shape
-    full = [value for value in node.inputs if value.type.elements == node.outputs[0].type.elements]
-    if not full:
+    """Whether one operand is as large as the result, and the other broadcast along one run of axes at most."""
+    out = node.outputs[0].type
+    full = next((i for i, value in enumerate(node.inputs) if value.type.elements == out.elements), None)
+    if full is None:
         return False
-    other = next((value for value in node.inputs if value is not full[0]), full[0])
-    own = (1,) * (len(shape) - len(other.type.shape)) + other.type.shape
-    stretched = [a == 1 for a, size in zip(own, shape, strict=True) if size != 1]
-    return sum(a != b for a, b in zip(stretched, stretched[1:], strict=False)) <= 2 and not (
-        len(stretched) > 2 and stretched[0] and stretched[-1] and not all(stretched)
-    )
+    other = node.inputs[1 - full].type.shape
+    own = (1,) * (len(out.shape) - len(other)) + other
+    stretched = [length == 1 for length, size in zip(own, out.shape, strict=True) if size != 1]
+    return sum(is_stretched for is_stretched, _ in groupby(stretched)) <= 1
+
+
+# By op, what its vectorised kernels ask for: there are no others for 16 bits.
+_REQUIRED: Mapping[str, Callable[[Node], bool]] = {
+    **dict.fromkeys(("conv2d", "conv2d_grad_input", "conv2d_grad_weight"), _has_window),
+    **dict.fromkeys(("reduce_sum", "reduce_mean"), _is_one_run),
+    **dict.fromkeys(("add", "sub", "mul", "div", "maximum", "minimum"), _broadcasts_simply),
+}
 
 
 def _chosen(graph: Graph) -> set[Value]:
@@ -159,7 +172,7 @@ def _chosen(graph: Graph) -> set[Value]:
 
 def _samples(graph: Graph) -> Collection[Value]:
     """Inputs in float32, and what is computed from them row by row."""
-    found = {value for value in graph.inputs}
+    found = set(graph.inputs)
     for node in graph.nodes:
         if node.origin.phase != "update" and not found.isdisjoint(node.inputs) and not _sums_samples(node):
             found.update(node.outputs)

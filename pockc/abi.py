@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from pockc.errors import InternalError, UserError
 from pockc.artifact_writer import DTYPE_CODES
+from pockc.errors import InternalError, UserError
 from pockc.ir import NUMPY_DTYPES, Array
 
 MAX_RANK = 8

@@ -77,8 +77,8 @@ def build(
         device: a name of `pockc devices`, a ``.yaml`` file that describes a board, or a record of
             `pockc.targets.devices`.
         accumulation: micro-steps whose mean gradient makes one optimizer step.
-        dtype: how activations and their gradients are stored: ``f32``, ``bf16`` or ``fp16``, which take half the memory.
-            Kernels compute in float32; so are parameters, their gradients, optimizer states and losses.
+        dtype: how activations and their gradients are stored: ``f32``, or ``bf16`` or ``fp16`` in half the memory.
+            Kernels compute in float32, in which parameters, their gradients, optimizer states and losses stay.
         loss_scale: a power of two, by which gradients are multiplied on their way to the parameters; by default
             `FP16_LOSS_SCALE` with ``fp16``, whose least numbers gradients may fall below, and 1 otherwise.
         state_dtype: how optimizer slots are stored: ``f32``, or ``int8``, a byte each and a scale for every 256.

@@ -26,12 +26,12 @@ from pockc.session import open_session
 LOSS_TOLERANCE = 1e-4  # relative, of every step's loss
 TENSOR_TOLERANCE = 1e-3  # norm of the difference over the norm of the tensor's own change
 
-# The same with activations in 16 bits, of unit roundoff u. Each stored tensor moves by independent errors whose root mean
-# square is u / sqrt(3) of its own. Up to some 50 of them lie on a path to the loss, whose errors add up to
+# The same with activations in 16 bits, of unit roundoff u. Each stored tensor moves by independent errors whose root
+# mean square is u / sqrt(3) of its own. Up to some 50 of them lie on a path to the loss, whose errors add up to
 # sqrt(50 / 3) u = 4 u; twice that is asked for. A gradient goes as far once more, but what counts there is that a unit
 # within that distance of its ReLU's kink passes all of its gradient or none: a share of about 4 u of the units, which
-# is sqrt(4 u) of the norm. Dividing by the root of the second moment, as Adam does, turns the signs of as many elements,
-# of a change of 2 each: 2 sqrt(4 u). Twice that again is asked for.
+# is sqrt(4 u) of the norm. Dividing by the root of the second moment, as Adam does, turns the signs of as many
+# elements, a change of 2 each: 2 sqrt(4 u). Twice that again is asked for.
 HALF_LOSS_TOLERANCE = 8  # times u
 HALF_TENSOR_TOLERANCE = 8  # times sqrt(u): 0.5 with bf16, where a tensor that stays where it was is off by 1
 

@@ -1,8 +1,8 @@
 """Which ops take numbers in 16 bits, and what they make of them: as runtime/kernels/halves.inc has it.
 
 An op on 16-bit operands is the op on the float32 numbers that they are; its first result is rounded to 16 bits, or
-stays float32 where it is a sum over samples, such as the gradient of a weight, or counts. So no op has a type rule, or a
-reference, of its own for them.
+stays float32 where it is a sum over samples, such as the gradient of a weight, or no number. So no op has a type rule,
+or a reference, of its own for them.
 """
 
 from __future__ import annotations
@@ -49,7 +49,10 @@ MOVES = frozenset({"copy", "reshape", "transpose", "expand", "slice", "insert", 
 
 
 def half_types(
-    rule: Callable[..., Any], op: str, types: Sequence[TensorType], attrs: Mapping[str, Any]
+    rule: Callable[..., TensorType | tuple[TensorType, ...]],
+    op: str,
+    types: Sequence[TensorType],
+    attrs: Mapping[str, Any],
 ) -> TensorType | tuple[TensorType, ...]:
     """What the type rule of an op gives, also for operands of 16 bits. Raises ValueError where it refuses them."""
     dtypes = {type_.dtype for type_ in types if type_.is_half}

@@ -133,12 +133,12 @@ def test_what_sums_over_samples_is_float32(name: str) -> None:
 @pytest.mark.parametrize("dtype", HALVES)
 def test_activations_take_half_the_memory(dtype: Half) -> None:
     torch.manual_seed(0)
-    layers = [layer for _ in range(4) for layer in (nn.Linear(256, 256), nn.GELU())]
-    model = nn.Sequential(*layers, nn.Linear(256, 10)).eval()
+    layers = [layer for _ in range(4) for layer in (nn.Conv2d(32, 32, 1), nn.GELU())]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)).eval()
     planned = {}
     for chosen in ("f32", dtype):
         program = pockc.build(
-            model, (torch.randn(4096, 256),), optimizer=SGD(lr=0.1), entries=("train_step",), dtype=chosen
+            model, (torch.randn(4, 32, 64, 64),), optimizer=SGD(lr=0.1), entries=("train_step",), dtype=chosen
         )
         planned[chosen] = program.placements["train_step"].nbytes
     assert planned[dtype] < 0.6 * planned["f32"]
@@ -175,7 +175,7 @@ def _faint(output: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
 def test_micro_batches_budgets_and_frozen_weights_go_with_it(tmp_path: Path) -> None:
     model, inputs = convolutional()
     losses = []
-    for options in ({}, {"micro_batch": 2}, {"frozen_dtype": "bf16", "scheme": "last-k:2"}, {"accumulation": 2}):
+    for options in ({}, {"micro_batch": 2}, {"frozen_dtype": "bf16", "scheme": "last-k:2", "accumulation": 2}):
         program = pockc.build(model, inputs, optimizer=AdamW(lr=1e-3), dtype="bf16", **options)  # type: ignore[arg-type] # a dict of any
         program.save(path := tmp_path / "model.pock")
         with pockc.Session(path) as session:
