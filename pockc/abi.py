@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from pockc.artifact_writer import DTYPE_CODES
 from pockc.errors import InternalError, UserError
-from pockc.ir import NUMPY_DTYPES, Array
+from pockc.halves import is_half
+from pockc.ir import DTYPES, NUMPY_DTYPES, Array
 
 MAX_RANK = 8
 INPUT, OUTPUT, STATE = 0, 1, 2  # pk_role
 NOT_FOUND, INTERNAL = 2, 9  # pk_status
-DTYPE_NAMES = DTYPE_CODES[:5]  # index: pk_dtype
+DTYPE_NAMES = tuple(name for name in DTYPES if not is_half(name))  # index: pk_dtype
 
 
 class Tensor(ctypes.Structure):
