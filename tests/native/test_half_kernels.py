@@ -23,13 +23,14 @@ load_families()
 
 Operands = Sequence[TensorType | Array]
 BITS = pack_bits(np.random.default_rng(0).integers(0, 2, 3 * 37).astype(np.bool_))
+CLIPPED = {"activation": "clip", "low": -0.5, "high": 6.0}
 PADDED = {"stride": (2, 2), "padding": (1, 1, 1, 1)}
 # Operands, attributes, and which of the operands have 16 bits where not all that may. Sizes at and around vectors, the
 # depth of a block of products, and the sums that wait to be rounded.
 CASES: list[tuple[str, Operands, Mapping[str, Any], tuple[int, ...] | None]] = [
     ("matmul", (f32(3, 4), f32(4, 5)), {}, None),
     ("matmul", (f32(9, 40), f32(37, 40), f32(37)), {"transpose_b": True, "activation": "gelu"}, (0,)),
-    ("matmul", (f32(9, 40), f32(40, 37), f32(37)), {"activation": "clip", "low": -0.5, "high": 6.0}, (0,)),
+    ("matmul", (f32(9, 40), f32(40, 37), f32(37)), CLIPPED, (0,)),
     ("matmul", (f32(50, 530), f32(530, 33)), {}, (0,)),
     ("matmul", (f32(2, 9, 65), f32(2, 31, 65)), {"transpose_b": True}, None),
     ("matmul", (f32(2, 3, 40, 9), f32(2, 3, 40, 50)), {"transpose_a": True}, None),
@@ -39,7 +40,7 @@ CASES: list[tuple[str, Operands, Mapping[str, Any], tuple[int, ...] | None]] = [
     ("conv2d", (f32(1, 6, 6, 40), f32(36, 1, 1, 40), f32(36)), {"activation": "silu"}, None),
     ("conv2d", (f32(2, 7, 6, 35), f32(6, 3, 3, 35)), PADDED, None),
     ("conv2d", (f32(2, 5, 5, 12), f32(6, 3, 3, 6)), {"groups": 2, "padding": (1, 1, 1, 1)}, None),
-    ("conv2d", (f32(2, 9, 8, 35), f32(35, 3, 3, 1), f32(35)), {"groups": 35, "activation": "clip", "low": -0.5, "high": 6.0, **PADDED}, None),
+    ("conv2d", (f32(2, 9, 8, 35), f32(35, 3, 3, 1), f32(35)), {"groups": 35, **CLIPPED, **PADDED}, None),
     ("conv2d_grad_input", (f32(1, 6, 6, 36), f32(36, 1, 1, 40)), {"size": (6, 6)}, None),
     ("conv2d_grad_input", (f32(2, 4, 3, 6), f32(6, 3, 3, 35)), {"size": (7, 6), **PADDED}, None),
     ("conv2d_grad_input", (f32(2, 4, 4, 6), f32(6, 1, 1, 9)), {"size": (8, 8), "stride": (2, 2)}, None),
