@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pockc.halves import HALF_DTYPES, UNIT_ROUNDOFF, narrow, widen
-from pockc.ir import Array, TensorType
+from pockc.ir import Array, TensorType, dtype_of
 from pockc.ops import OPS, complete_attributes, infer, load_families
 from pockc.ops.common import f32, pack_bits
 from pockc.ops.halves import MOVES, NARROWS, SUMS
@@ -98,7 +98,7 @@ def prepared(
         every = range(len(arrays)) if op in MOVES else NARROWS.get(op, SUMS.get(op, ()))
         positions = tuple(i for i in every if arrays[i].dtype == np.float32)
     stored = [narrow(x, dtype) if i in positions else x for i, x in enumerate(arrays)]
-    types = [TensorType(x.shape, dtype if i in positions else kernels.dtype_of(x)) for i, x in enumerate(arrays)]
+    types = [TensorType(x.shape, dtype if i in positions else dtype_of(x)) for i, x in enumerate(arrays)]
     exact = [widen(x, dtype) if i in positions else x for i, x in enumerate(stored)]
     complete = complete_attributes(op, attrs)
     results, _ = infer(op, types, complete)
@@ -184,8 +184,9 @@ def test_casts_round_to_nearest_even_and_widen_exactly(dtype: str) -> None:
     finite = exact[np.isfinite(exact)]
     between = np.sort(np.unique(finite))
     middles = (between[1:].astype(np.float64) + between[:-1]) / 2  # ties, but for where float32 cannot hold them
-    near = np.float32(np.concatenate([finite, middles, np.nextafter(np.float32(middles), np.float32(np.inf))]))
-    near = np.concatenate([near, np.float32([65519.9, 65520.0, 1e30, np.inf, -np.inf, np.nan])])
+    above = np.nextafter(middles.astype(np.float32), np.float32(np.inf))
+    special = [65519.9, 65520.0, 1e30, np.inf, -np.inf, np.nan]
+    near: Array = np.concatenate([finite, middles, above, special]).astype(np.float32)
     with np.errstate(over="ignore"):
         wanted = narrow(near, dtype)
     status, (found,) = kernels.run_typed(
