@@ -24,11 +24,11 @@ SUMS_OF_SAMPLES = frozenset({"embedding_grad", "sum_squares", "cross_entropy", "
 def run(graph: Graph, recipe: Recipe) -> Graph:
     """Where `Recipe.dtype` is bf16 or fp16, store activations and their gradients in 16 bits.
 
-    Those are the results of what runs on samples, forward and backward, down to the inputs of the loss. An op that has
-    a form for 16 bits (pockc/ops/halves.py) takes them as they are, computes in float32, and rounds its result; any
-    other reads them through a `cast` to float32 of its own, right in front of it, and a `cast` rounds its result. In
-    float32 stay parameters, which kernels read as they are, gradients of parameters, optimizer states, losses and their
-    inputs, statistics of norms, and what is small.
+    Those are the results of what runs on samples, forward and backward, down to the logits. An op that has a form for
+    16 bits (pockc/ops/halves.py) takes them as they are, computes in float32, and rounds its result; any other reads
+    them through a `cast` to float32 of its own, right in front of it, and a `cast` rounds its result. In float32 stay
+    parameters, which kernels read as they are, gradients of parameters, optimizer states, what a named loss computes,
+    statistics of norms, and what is small.
 
     Pre:  nodes are fused, losses tiled; nothing merges equal nodes afterwards.
     Post: types of inputs, states and results are the same. Outputs and gradients are those of rounded activations.

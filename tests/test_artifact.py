@@ -209,7 +209,7 @@ def damaged(content: bytes) -> Iterator[tuple[str, bytes]]:
     yield "half a header", content[:40]
     yield "another kind of file", b"PK\x03\x04" + content[4:]
     yield "line ends changed", content.replace(b"\r\n", b"\n", 1)
-    yield "version 3", resealed(patched(content, 8, struct.pack("<I", 3)))
+    yield "version 4", resealed(patched(content, 8, struct.pack("<I", 4)))
     yield "header", patched(content, 12, b"\x09")
     yield "truncated", content[: len(content) // 2]
     yield "one byte missing", content[:-1]
