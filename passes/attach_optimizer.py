@@ -22,7 +22,7 @@ ACCUMULATED = "accumulated"
 def run(graph: Graph, recipe: Recipe) -> Graph:
     """Turn the outputs ``gradient:<p>`` into updates by the recipe's optimizer.
 
-    Pre:  the outputs of `differentiate`, gradients of the loss over ``recipe.accumulation``.
+    Pre:  the outputs of `differentiate`, gradients of the loss over ``recipe.accumulation``, times its scale.
     Post: the loss is the only output; every trained parameter with a gradient, its slots, the step counters and, with
           accumulation, the accumulators (set back to zero) are updated.
     """
@@ -88,8 +88,14 @@ class _Stage:
         for name, gradient in self.graph.outputs.items():
             if name.startswith(PREFIX):
                 parameter = self.graph.state(name.removeprefix(PREFIX))
-                found[parameter] = self._selected(parameter, gradient)
+                found[parameter] = self._unscaled(self._selected(parameter, gradient))
         return found
+
+    def _unscaled(self, gradient: Value) -> Value:
+        """The gradient of the loss itself: exact, since the scale is a power of two."""
+        if self.recipe.loss_scale == 1.0:
+            return gradient
+        return self.builder("mul", gradient, self.builder.constant(1 / self.recipe.loss_scale))
 
     def _selected(self, parameter: Value, gradient: Value) -> Value:
         channels = self.recipe.trained[parameter.name]

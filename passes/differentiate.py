@@ -23,7 +23,9 @@ def run(graph: Graph, recipe: Recipe) -> Graph:
     """
     targets = [graph.state(name) for name in recipe.trained if any(v.name == name for v in graph.states)]
     builder = Builder(graph)
-    gradients = differentiate(builder, graph, graph.outputs["loss"], targets, seed=1.0 / recipe.accumulation)
+    gradients = differentiate(
+        builder, graph, graph.outputs["loss"], targets, seed=recipe.loss_scale / recipe.accumulation
+    )
     outputs = {PREFIX + target.name: gradients[target] for target in targets if target in gradients}
     if not outputs:
         raise UserError(

@@ -90,7 +90,7 @@ def _chosen(recipe: Recipe, node: Node, found: Mapping[str, Node]) -> str:
 
 def _winograd(node: Node) -> Iterator[tuple[str, Node]]:
     """As `conv2d_winograd`, by size of tile, where a node is a dense 3x3 convolution of stride 1 or its gradient."""
-    if node.op not in REPLACED:
+    if node.op not in REPLACED or node.inputs[0].type.is_half:
         return
     weight, attrs = node.inputs[1].type.shape, node.attrs
     plain = attrs["stride"] == (1, 1) and attrs["dilation"] == (1, 1) and attrs["groups"] == 1

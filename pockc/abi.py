@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from pockc.errors import InternalError, UserError
+from pockc.halves import is_half
 from pockc.ir import DTYPES, NUMPY_DTYPES, Array
 
 MAX_RANK = 8
 INPUT, OUTPUT, STATE = 0, 1, 2  # pk_role
 NOT_FOUND, INTERNAL = 2, 9  # pk_status
-DTYPE_NAMES = tuple(DTYPES)  # index: pk_dtype
+DTYPE_NAMES = tuple(name for name in DTYPES if not is_half(name))  # index: pk_dtype
 
 
 class Tensor(ctypes.Structure):
@@ -43,7 +44,7 @@ class Tensor(ctypes.Structure):
     @classmethod
     def of(cls, array: Array) -> Tensor:
         """A view of a contiguous array, which must outlive it."""
-        code = [np.dtype(dtype) for dtype in NUMPY_DTYPES.values()].index(array.dtype)
+        code = [np.dtype(NUMPY_DTYPES[name]) for name in DTYPE_NAMES].index(array.dtype)
         dims = (ctypes.c_int64 * MAX_RANK)(*array.shape)
         return cls(array.ctypes.data, code, array.ndim, dims)
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from pockc.compact import COMPACT_DTYPES
 from pockc.errors import InternalError, UserError
+from pockc.halves import HALF_DTYPES, is_half
 from pockc.ir import DTYPES, Array, Graph, Node, State, StateKind, Value
 from pockc.ops import ENUM_VALUES, OPS
 from pockc.passes.lifetimes import storages
@@ -24,12 +25,12 @@ from pockc.program import Program
 from pockc.program import states as program_states
 
 MAGIC = b"\x89POCK\r\n\x1a"
-VERSION = 2  # of files with compact tensors; without, they are of version 1, which older readers take
+VERSION = 3  # of files with 16-bit activations; see `Tables.version` for others, which older readers take
 HEADER = struct.Struct("<8sIIQII32s")  # magic, version, sections, file size, table CRC, header CRC, model hash
 SECTION = struct.Struct("<IIQQ")  # id, CRC, offset, size
 SECTION_IDS = {"metadata": 1, "program": 2, "data": 3, "golden": 4}
 ALIGNMENT, DATA_ALIGNMENT = 64, 4096
-DTYPE_CODES = (*DTYPES, *COMPACT_DTYPES)
+DTYPE_CODES = (*(dtype for dtype in DTYPES if not is_half(dtype)), *COMPACT_DTYPES, *HALF_DTYPES)
 KINDS: tuple[StateKind, ...] = ("parameter", "buffer", "constant", "slot", "counter")
 
 
@@ -64,9 +65,8 @@ def write_tables(tables: Tables, path: str | Path, metadata: Mapping[str, Any], 
     if golden:
         sections["golden"] = [golden]
     model_hash = hashlib.sha256(body + tables.signature()).digest()
-    version = VERSION if tables.has_compact else 1
     positions = _positions(sections)
-    write_atomically(Path(path), _layout(sections, positions, model_hash, version))
+    write_atomically(Path(path), _layout(sections, positions, model_hash, tables.version))
     return positions["data"]
 
 
@@ -130,7 +130,7 @@ class Tables:
         self.data = _Data()
         self.tensors: dict[bytes, int] = {}
         self.strings: dict[str, int] = {}
-        self.has_compact = False
+        self.version = 1  # the least that a reader must know: 2 for compact tensors
         read = {
             value.name
             for graph in program.entries.values()
@@ -162,7 +162,7 @@ class Tables:
     def tensor(self, value: Value, offset: int, in_data: bool) -> int:
         """The row of a value that lies there, in the arena or in DATA."""
         shape = value.type.shape
-        self.has_compact |= value.type.is_compact
+        self.version = max(self.version, VERSION if value.type.is_half else 2 if value.type.is_compact else 1)
         codes = bytes([DTYPE_CODES.index(value.type.dtype), in_data, len(shape), 0])
         row = codes + struct.pack(f"<{len(shape)}qQ", *shape, offset)
         return self.tensors.setdefault(row, len(self.tensors))

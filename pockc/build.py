@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +23,7 @@ from pockc.passes import memory
 from pockc.passes.lifetimes import update_chains
 from pockc.pipeline import COMMON, LOWERINGS, TOGETHER, Known, Manager
 from pockc.program import Program, place_states
-from pockc.recipe import BatchNorm, FrozenDtype, PrefixDtype, Recipe, SavedDtype, StateDtype
+from pockc.recipe import BatchNorm, Dtype, FrozenDtype, PrefixDtype, Recipe, SavedDtype, StateDtype
 from pockc.scheme import Channels, Scheme, detect_family, resolve
 from pockc.targets import devices
 from pockc.targets import find as find_target
@@ -32,6 +33,8 @@ from pockc.tuning import times_of
 
 Inputs = Mapping[str, Any] | tuple[Any, ...]
 Calibration = Mapping[str, Any] | Literal["example"] | None
+
+FP16_LOSS_SCALE = 1024.0  # keeps gradients down to 2^-34 above zero, and overflows from 64 on
 
 
 def build(
@@ -44,6 +47,8 @@ def build(
     device: str | Device = "x86-64",
     *,
     accumulation: int = 1,
+    dtype: Dtype = "f32",
+    loss_scale: float | None = None,
     state_dtype: StateDtype = "f32",
     loss_options: Mapping[str, float] | None = None,
     seed: int = 0,
@@ -72,6 +77,10 @@ def build(
         device: a name of `pockc devices`, a ``.yaml`` file that describes a board, or a record of
             `pockc.targets.devices`.
         accumulation: micro-steps whose mean gradient makes one optimizer step.
+        dtype: how activations and their gradients are stored: ``f32``, or ``bf16`` or ``fp16`` in half the memory.
+            Kernels compute in float32, in which parameters, their gradients, optimizer states and losses stay.
+        loss_scale: a power of two, by which gradients are multiplied on their way to the parameters; by default
+            `FP16_LOSS_SCALE` with ``fp16``, whose least numbers gradients may fall below, and 1 otherwise.
         state_dtype: how optimizer slots are stored: ``f32``, or ``int8``, a byte each and a scale for every 256.
         loss_options: ``label_smoothing``, ``ignore_index`` (cross entropy), ``delta`` (huber).
         seed: of dropout and of random channel selections in presets.
@@ -106,6 +115,7 @@ def build(
     """
     optimizer = optimizer or AdamW()
     _check_options(loss, batchnorm, accumulation, frozen_dtype)
+    _check_dtype(dtype, loss_scale, prefix_dtype, saved_dtype)
     if saved_dtype not in get_args(SavedDtype):
         raise UserError(f"saved_dtype is {saved_dtype!r}", supported=", ".join(get_args(SavedDtype)))
     _check_prefix(prefix_dtype, calibration, batchnorm)
@@ -120,6 +130,8 @@ def build(
         batchnorm=batchnorm,
         device=device if isinstance(device, Device) else devices.find(device),
         accumulation=accumulation,
+        dtype=dtype,
+        loss_scale=loss_scale or (FP16_LOSS_SCALE if dtype == "fp16" else 1.0),
         state_dtype=state_dtype,
         loss_options=dict(loss_options or {}),
         seed=seed,
@@ -152,6 +164,8 @@ class Options:
     batchnorm: BatchNorm
     device: Device
     accumulation: int
+    dtype: Dtype
+    loss_scale: float
     state_dtype: StateDtype
     loss_options: Mapping[str, float]
     seed: int
@@ -199,6 +213,8 @@ def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
         loss_options=options.loss_options,
         batchnorm=batchnorm,
         accumulation=options.accumulation,
+        dtype=options.dtype,
+        loss_scale=options.loss_scale,
         state_dtype=options.state_dtype,
         frozen_dtype=options.frozen_dtype,
         saved_dtype=options.saved_dtype,
@@ -240,6 +256,8 @@ def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
         "loss": loss if isinstance(loss, str) else ("callable" if loss else "model"),
         "classifies": isinstance(loss, str) and LOSSES[loss].classifies,
         "optimizer": _describe(options.optimizer),
+        "dtype": options.dtype,
+        "loss_scale": options.loss_scale,
         "state_dtype": options.state_dtype,
         "batchnorm": batchnorm,
         "frozen_dtype": options.frozen_dtype,
@@ -357,6 +375,20 @@ def _check_options(loss: object, batchnorm: str, accumulation: int, frozen_dtype
         raise UserError(f"loss is {loss!r}", supported="a name, a callable loss(output, labels), or None")
 
 
+def _check_dtype(dtype: str, loss_scale: float | None, prefix_dtype: str, saved_dtype: str) -> None:
+    if dtype not in get_args(Dtype):
+        raise UserError(f"dtype is {dtype!r}", supported=", ".join(get_args(Dtype)))
+    if loss_scale is not None and (loss_scale <= 0 or math.frexp(loss_scale)[0] != 0.5):
+        raise UserError(f"loss_scale is {loss_scale}", supported="powers of two above 0, such as 1024")
+    for name, value in (("prefix_dtype", prefix_dtype), ("saved_dtype", saved_dtype)):
+        if dtype != "f32" and value != "f32":
+            raise UserError(
+                f"dtype is {dtype!r} and {name} {value!r}: there is no such mixture of activations",
+                supported="either of the two, the other as 'f32'; frozen_dtype goes with every dtype",
+                instead=f"Leave {name} out, or dtype.",
+            )
+
+
 def _check_prefix(prefix_dtype: str, calibration: Calibration, batchnorm: str) -> None:
     if prefix_dtype not in get_args(PrefixDtype):
         raise UserError(f"prefix_dtype is {prefix_dtype!r}", supported=", ".join(get_args(PrefixDtype)))
@@ -411,6 +443,8 @@ def _check_target(options: Options) -> None:
     given = {
         "memory_budget": options.memory_budget is not None,
         "micro_batch": options.micro_batch > 0,
+        "dtype": options.dtype != "f32",
+        "loss_scale": options.loss_scale != 1.0,
         "state_dtype": options.state_dtype != "f32",
         "frozen_dtype": options.frozen_dtype != "f32",
         "prefix_dtype": options.prefix_dtype != "f32",

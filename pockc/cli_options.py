@@ -45,6 +45,12 @@ class Choices:
     ] = 1
     weight_decay: Annotated[float | None, typer.Option(help="Default: the optimizer's.")] = None
     momentum: Annotated[float | None, typer.Option(help="Of sgd.")] = None
+    dtype: Annotated[str, typer.Option(help="How activations and their gradients are stored: f32, bf16 or fp16.")] = (
+        "f32"
+    )
+    loss_scale: Annotated[
+        float | None, typer.Option(help="Of the gradients, a power of two; default: 1024 with fp16, else 1.")
+    ] = None
     state_dtype: Annotated[
         str, typer.Option(help="f32, or int8: a byte per element of momenta and second moments.")
     ] = "f32"
@@ -111,6 +117,8 @@ class Choices:
             "loss_options": {"label_smoothing": self.label_smoothing} if self.label_smoothing else {},
             "accumulation": self.accumulate,
             "seed": self.seed,
+            "dtype": self.dtype,
+            "loss_scale": self.loss_scale,
             "state_dtype": self.state_dtype,
             "frozen_dtype": self.frozen_dtype,
             "prefix_dtype": self.prefix_dtype,

@@ -66,22 +66,23 @@ def _words(nbytes: int) -> int:
     return -(-nbytes // 4) * 4
 
 
-def _bf16(x: Array) -> npt.NDArray[np.uint16]:
+def to_bf16(x: Array) -> npt.NDArray[np.uint16]:
     """The upper halves of finite floats, rounded to nearest even."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
 
 
-def _from_bf16(halves: Array) -> Array:
+def from_bf16(halves: Array) -> Array:
+    """The floats whose upper halves these are."""
     return (halves.astype(np.uint32) << 16).view(np.float32)
 
 
 def _encode_bf16(rows: Array, encoded: Bytes) -> None:
-    encoded[:, : 2 * rows.shape[1]] = _bf16(rows).view(np.uint8)
+    encoded[:, : 2 * rows.shape[1]] = to_bf16(rows).view(np.uint8)
 
 
 def _decode_bf16(raw: Bytes, columns: int) -> Array:
-    return _from_bf16(np.ascontiguousarray(raw[:, : 2 * columns]).view("<u2"))
+    return from_bf16(np.ascontiguousarray(raw[:, : 2 * columns]).view("<u2"))
 
 
 def _codes(x: Array, scale: Array, low: int, high: int) -> Array:
@@ -114,8 +115,8 @@ def _encode_q4(rows: Array, encoded: Bytes) -> None:
     x[:, : rows.shape[1]] = rows
     x = x.reshape(len(rows), groups, GROUP)
     largest = np.take_along_axis(x, np.abs(x).argmax(axis=-1)[..., None], axis=-1)
-    scale = _from_bf16(_bf16(largest / np.float32(-8)))
-    encoded[:, : 2 * groups] = _bf16(scale).reshape(len(rows), groups).view(np.uint8)
+    scale = from_bf16(to_bf16(largest / np.float32(-8)))
+    encoded[:, : 2 * groups] = to_bf16(scale).reshape(len(rows), groups).view(np.uint8)
     codes = _codes(x, scale, -8, 7).astype(np.int8) + 8
     pairs = codes[..., : GROUP // 2] | codes[..., GROUP // 2 :] << 4
     encoded[:, _words(2 * groups) :] = pairs.astype(np.uint8).reshape(len(rows), -1)
@@ -123,7 +124,7 @@ def _encode_q4(rows: Array, encoded: Bytes) -> None:
 
 def _decode_q4(raw: Bytes, columns: int) -> Array:
     groups = -(-columns // GROUP)
-    scale = _from_bf16(np.ascontiguousarray(raw[:, : 2 * groups]).view("<u2"))[..., None]
+    scale = from_bf16(np.ascontiguousarray(raw[:, : 2 * groups]).view("<u2"))[..., None]
     pairs = raw[:, _words(2 * groups) :].reshape(len(raw), groups, GROUP // 2)
     codes = np.concatenate([pairs & 15, pairs >> 4], axis=-1).astype(np.float32) - np.float32(8)
     return (codes * scale).reshape(len(raw), -1)[:, :columns]

@@ -14,7 +14,7 @@ from pockc.ablation import Ablation, Variant
 from pockc.artifact import Artifact, Entry
 from pockc.bench import Measurement
 from pockc.memory_page import write_page
-from pockc.parity import LOSS_TOLERANCE, TENSOR_TOLERANCE, Parity
+from pockc.parity import Parity, tolerances
 from pockc.tuning import Table as Times
 
 _ROWS = 15  # of a table; the page has them all
@@ -65,9 +65,10 @@ def print_parity(console: Console, parity: Parity) -> None:
     if zero:
         console.print(Text(f"Gradient zero in exact arithmetic, judged by the loss alone: {', '.join(zero)}"))
     verdict = "agrees with" if parity.passed else "DIFFERS from"
+    loss, tensor = tolerances(parity.dtype)
     console.print(
-        f"[bold]{verdict} PyTorch[/]: worst loss error {parity.worst_loss_error:.1e} (at most {LOSS_TOLERANCE:.0e}), "
-        f"worst tensor error {parity.worst_tensor_error:.1e} (at most {TENSOR_TOLERANCE:.0e})",
+        f"[bold]{verdict} PyTorch[/]: worst loss error {parity.worst_loss_error:.1e} (at most {loss:.0e}), "
+        f"worst tensor error {parity.worst_tensor_error:.1e} (at most {tensor:.0e})",
         soft_wrap=True,
         highlight=False,
     )
@@ -161,6 +162,8 @@ def _facts(metadata: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     yield "trained tensors", str(len(metadata.get("trained", ())))
     yield "trained parameters", f"{metadata.get('trained_elements', 0):,}"
     yield "optimizer", f"{optimizer.get('name', '')}, learning rate {optimizer.get('lr', '')}"
+    if metadata.get("dtype", "f32") != "f32":
+        yield "activations", str(metadata["dtype"])
     if metadata.get("state_dtype", "f32") != "f32":
         yield "optimizer state", str(metadata["state_dtype"])
     yield "loss", str(metadata.get("loss", ""))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from pockc.errors import InternalError
+from pockc.halves import narrow, widen
 from pockc.ir import Array, Graph, Node, State, Value, contents
 from pockc.ops import OPS, load_families
 
@@ -56,9 +57,14 @@ def _checked(value: Value, array: Array | None, what: str) -> Array:
 
 
 def _run(node: Node, operands: list[Array]) -> dict[Value, Array]:
+    types = [value.type for value in node.inputs]
+    given = [widen(x, type_.dtype) if type_.is_half else x for x, type_ in zip(operands, types, strict=True)]
     try:
-        results = OPS[node.op].reference(*operands, **node.attrs)
+        results = OPS[node.op].reference(*given, **node.attrs)
     except Exception as error:
         raise InternalError(f"{node.origin}: the reference of {node.op} failed: {error}") from error
     results = results if isinstance(results, tuple) else (results,)
-    return {value: np.asarray(result) for value, result in zip(node.outputs, results, strict=True)}
+    return {
+        value: narrow(result, value.type.dtype) if value.type.is_half else np.asarray(result)
+        for value, result in zip(node.outputs, results, strict=True)
+    }

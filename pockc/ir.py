@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from pockc.compact import COMPACT_DTYPES, compact_nbytes, decode
 from pockc.errors import InternalError
+from pockc.halves import is_half
 from pockc.ops import OPS, infer
 
 Array = npt.NDArray[Any]
@@ -23,8 +24,9 @@ Phase = Literal["forward", "backward", "recompute", "update"]  # recompute: forw
 StateKind = Literal["parameter", "buffer", "constant", "slot", "counter"]
 
 # The element types of the IR; sizes in bytes. `bool` is one byte. Bit masks are `u8` tensors of 8 elements a byte.
+# f16 and b16 are activations in 16 bits, of pockc/halves.py, which the user never sees as such.
 # Frozen states may have a dtype of pockc/compact.py instead: numbers that kernels read as f32, and store nowhere.
-DTYPES: dict[str, int] = {"f32": 4, "i64": 8, "i32": 4, "u8": 1, "bool": 1}
+DTYPES: dict[str, int] = {"f32": 4, "i64": 8, "i32": 4, "u8": 1, "bool": 1, "f16": 2, "b16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,11 @@ class TensorType:
     def is_compact(self) -> bool:
         """Whether these are frozen weights in fewer bytes: see pockc/compact.py."""
         return self.dtype in COMPACT_DTYPES
+
+    @property
+    def is_half(self) -> bool:
+        """Whether these are numbers in 16 bits: see pockc/halves.py."""
+        return is_half(self.dtype)
 
     @property
     def nbytes(self) -> int:
@@ -204,7 +211,11 @@ class Builder:
         return uniquely_named(Graph(tuple(self.inputs), states, tuple(self.nodes), dict(outputs), dict(updates or {})))
 
 
-NUMPY_DTYPES: dict[str, Any] = {"f32": np.float32, "i64": np.int64, "i32": np.int32, "u8": np.uint8, "bool": np.bool_}
+# Of the stored form: numpy has no bfloat16, and b16 is its bits.
+NUMPY_DTYPES: dict[str, Any] = {
+    "f32": np.float32, "i64": np.int64, "i32": np.int32, "u8": np.uint8, "bool": np.bool_,
+    "f16": np.float16, "b16": np.uint16,
+}  # fmt: skip
 
 
 def contents(value: Value, state: State) -> Array | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -13,15 +14,26 @@ import numpy as np
 
 from pockc.build import build
 from pockc.errors import InternalError, UserError
+from pockc.halves import UNIT_ROUNDOFF
 from pockc.ir import NUMPY_DTYPES, Array, Graph, State, contents
 from pockc.optim import AdamW, Optimizer
+from pockc.passes import mixed_precision
 from pockc.program import Program
-from pockc.recipe import FrozenDtype
+from pockc.recipe import Dtype, FrozenDtype
 from pockc.scheme import Scheme, resolve
 from pockc.session import open_session
 
 LOSS_TOLERANCE = 1e-4  # relative, of every step's loss
 TENSOR_TOLERANCE = 1e-3  # norm of the difference over the norm of the tensor's own change
+
+# The same with activations in 16 bits, of unit roundoff u. Each stored tensor moves by independent errors whose root
+# mean square is u / sqrt(3) of its own. Up to some 50 of them lie on a path to the loss, whose errors add up to
+# sqrt(50 / 3) u = 4 u; twice that is asked for. A gradient goes as far once more, but what counts there is that a unit
+# within that distance of its ReLU's kink passes all of its gradient or none: a share of about 4 u of the units, which
+# is sqrt(4 u) of the norm. Dividing by the root of the second moment, as Adam does, turns the signs of as many
+# elements, a change of 2 each: 2 sqrt(4 u). Twice that again is asked for.
+HALF_LOSS_TOLERANCE = 8  # times u
+HALF_TENSOR_TOLERANCE = 8  # times sqrt(u): 0.5 with bf16, where a tensor that stays where it was is off by 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +61,7 @@ class Parity:
     losses: tuple[tuple[float, float], ...]
     tensors: tuple[TensorError, ...]
     noise: Parity | None = None
+    dtype: Dtype = "f32"  # of activations
 
     @property
     def worst_loss_error(self) -> float:
@@ -64,7 +77,16 @@ class Parity:
     @property
     def passed(self) -> bool:
         """Whether both are within tolerance."""
-        return self.worst_loss_error <= LOSS_TOLERANCE and self.worst_tensor_error <= TENSOR_TOLERANCE
+        loss, tensor = tolerances(self.dtype)
+        return self.worst_loss_error <= loss and self.worst_tensor_error <= tensor
+
+
+def tolerances(dtype: Dtype) -> tuple[float, float]:
+    """Of losses and of trained tensors, by the dtype of activations."""
+    if dtype == "f32":
+        return LOSS_TOLERANCE, TENSOR_TOLERANCE
+    roundoff = UNIT_ROUNDOFF[mixed_precision.HALVES[dtype]]
+    return HALF_LOSS_TOLERANCE * roundoff, HALF_TENSOR_TOLERANCE * math.sqrt(roundoff)
 
 
 def verify_against_torch(
@@ -91,8 +113,9 @@ def verify_against_torch(
 
     The batches are the example inputs with their rows shuffled and, where they are real-valued, with noise; labels of a
     named loss are random. Model, loss, optimizer, scheme and batchnorm are those of `pockc.build`, and so are
-    ``memory_options``: ``memory_budget``, ``micro_batch``, which change no result beyond rounding, and ``state_dtype``,
-    ``prefix_dtype`` and ``saved_dtype``, which do: PyTorch keeps to float32, and the comparison shows the cost of int8.
+    ``memory_options``: ``memory_budget``, ``micro_batch``, which change no result beyond rounding, and ``dtype``,
+    ``state_dtype``, ``prefix_dtype`` and ``saved_dtype``, which do: PyTorch keeps to float32, and the comparison shows
+    the cost of fewer bits. With a ``dtype`` of 16 bits other tolerances hold.
     ``with_noise`` also trains PyTorch in float64, and fills in `Parity.noise`. With a compact ``frozen_dtype`` PyTorch
     gets the frozen weights that the program's kernels see: `decoded_weights`.
 
@@ -110,6 +133,7 @@ def verify_against_torch(
         accumulation=accumulation, loss_options=options, disabled=disabled, target=target,
     )  # fmt: skip
     program = compiled(frozen_dtype=frozen_dtype, **memory_options)
+    dtype = memory_options.get("dtype", "f32")
     names = model_names(model)
     decoded: dict[str, Array] = {}
     if frozen_dtype != "f32":
@@ -129,7 +153,7 @@ def verify_against_torch(
             losses = [(session.train_step(**batch), reference.train_step(batch)) for batch in given]
             ours = session.parameters()
     theirs = reference.arrays()
-    parity = _compare(losses, ours, theirs, initial, zero)
+    parity = replace(_compare(losses, ours, theirs, initial, zero), dtype=dtype)
     if not with_noise:
         return parity
     exact = Reference(model, trained, loss, optimizer, options, batchnorm, accumulation, double=True, weights=decoded)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 StateDtype = Literal["f32", "int8"]
 BatchNorm = Literal["fold", "freeze", "train"]
+Dtype = Literal["f32", "bf16", "fp16"]
 SavedDtype = Literal["f32", "int8"]
 FrozenDtype = Literal["f32", "bf16", "int8", "int4"]
 PrefixDtype = Literal["f32", "int8"]
@@ -31,6 +32,8 @@ class Recipe:
     ``loss`` is the name of a built-in loss, or None where the graph already has an output called ``loss``.
     ``accumulation`` is the number of micro-steps per optimizer step; ``threads`` sizes the kernels' workspaces,
     and ``workspace`` is the target's count of their bytes for a node: passes that weigh memory ask it.
+    ``dtype`` is how activations and their gradients are stored; ``loss_scale`` multiplies those gradients, and the
+    gradients of parameters are divided by it.
     ``state_dtype`` is how optimizer slots are stored, ``frozen_dtype`` how frozen weights are, ``saved_dtype`` how
     activations wait for the backward pass.
     ``prefix_ranges`` is what the values of the frozen prefix were measured to lie between, by their keys
@@ -49,6 +52,8 @@ class Recipe:
     loss_options: Mapping[str, float] = field(default_factory=dict)
     batchnorm: BatchNorm = "fold"
     accumulation: int = 1
+    dtype: Dtype = "f32"
+    loss_scale: float = 1.0
     state_dtype: StateDtype = "f32"
     saved_dtype: SavedDtype = "f32"
     frozen_dtype: FrozenDtype = "f32"

@@ -209,7 +209,7 @@ def damaged(content: bytes) -> Iterator[tuple[str, bytes]]:
     yield "half a header", content[:40]
     yield "another kind of file", b"PK\x03\x04" + content[4:]
     yield "line ends changed", content.replace(b"\r\n", b"\n", 1)
-    yield "version 3", resealed(patched(content, 8, struct.pack("<I", 3)))
+    yield "version 4", resealed(patched(content, 8, struct.pack("<I", 4)))
     yield "header", patched(content, 12, b"\x09")
     yield "truncated", content[: len(content) // 2]
     yield "one byte missing", content[:-1]
@@ -223,7 +223,7 @@ def damaged(content: bytes) -> Iterator[tuple[str, bytes]]:
     yield "states above the arena", resealed(patched(content, start + 8, struct.pack("<Q", 0)))
     yield "no threads", resealed(patched(content, start + 16, struct.pack("<I", 0)))
     yield "2^32 tensors", resealed(patched(content, tensor_count, b"\xff\xff\xff\xff"))
-    yield "unknown dtype", resealed(patched(content, tensor_count + 4, b"\x09"))
+    yield "unknown dtype", resealed(patched(content, tensor_count + 4, b"\x0a"))
     yield "rank 200", resealed(patched(content, tensor_count + 6, b"\xc8"))
     yield "negative size", resealed(patched(content, tensor_count + 8, struct.pack("<q", -1)))
     yield "metadata that is not JSON", resealed(patched(content, table[1][0], b"["))

@@ -15,7 +15,7 @@ MAXIMUM_LINES = 500
 # Layers from the bottom up; a module may import from its own layer and from those below.
 LAYERS = (
     ("pockc.errors", "pockc.sizes"),
-    ("pockc.compact", "pockc.ir", "pockc.ops", "pockc.text", "pockc.verify", "pockc.interp"),
+    ("pockc.compact", "pockc.halves", "pockc.ir", "pockc.ops", "pockc.text", "pockc.verify", "pockc.interp"),
     ("pockc.optim", "pockc.losses", "pockc.scheme", "pockc.recipe"),
     ("pockc.frontend", "pockc.passes"),
     (

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pockc.errors import InternalError, UserError
+from pockc.ops.halves import half_types
 
 if TYPE_CHECKING:
     from pockc.ir import Array, Builder, Node, Origin, TensorType, Value
@@ -35,7 +36,7 @@ FAMILIES = (
 ENUM_VALUES = (
     "none", "clip", "gelu", "gelu_tanh", "silu", "hardswish",
     "constant", "linear", "cosine", "step",
-    "f32", "i64", "i32", "u8", "bool",
+    "f32", "i64", "i32", "u8", "bool", "f16", "b16",
 )  # fmt: skip
 
 
@@ -134,7 +135,7 @@ def infer(
     """
     complete = complete_attributes(op, attrs, origin)
     try:
-        result = OPS[op].type_rule(*types, **complete)
+        result = half_types(OPS[op].type_rule, op, types, complete)
     except ValueError as error:
         raise UserError(f"{op}: {error}", where=origin) from None
     return (result if isinstance(result, tuple) else (result,)), complete

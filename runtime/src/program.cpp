@@ -105,7 +105,8 @@ Status read_sections(const char* path, const MappedFile& mapped, uint32_t sectio
 }  // namespace
 
 const char* dtype_name(DType dtype) {
-  constexpr const char* kNames[] = {"float32", "int64", "int32", "uint8", "bool", "bf16", "q8", "q4"};
+  constexpr const char* kNames[] = {"float32", "int64", "int32", "uint8", "bool",
+                                    "bf16",    "q8",    "q4",    "f16",   "b16"};
   return kNames[static_cast<int>(dtype)];
 }
 

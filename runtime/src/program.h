@@ -13,7 +13,7 @@
 
 namespace pockc {
 
-constexpr uint32_t kFormatVersion = 2;  // and below
+constexpr uint32_t kFormatVersion = 3;  // and below
 constexpr size_t kHashBytes = 32;
 
 enum class Storage : uint8_t { kArena = 0, kData = 1 };
@@ -27,6 +27,9 @@ constexpr size_t dtype_size(DType dtype) {
     case DType::kF32:
     case DType::kI32:
       return 4;
+    case DType::kF16:
+    case DType::kB16:
+      return 2;
     default:
       return 1;
   }

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "error.h"
+#include "half.h"
 #include "program.h"
 
 namespace pockc {
@@ -91,7 +92,7 @@ bool replaces_integers(const std::string& op) {
 bool may_share(const TensorRecord& input, const TensorRecord& output, const std::string& op) {
   const bool same = input.offset == output.offset && input.bytes == output.bytes;
   if (!same || input.type.dtype != output.type.dtype) return false;
-  return output.type.dtype == DType::kF32 || replaces_integers(op);
+  return output.type.dtype == DType::kF32 || is_half(output.type.dtype) || replaces_integers(op);
 }
 
 const char* find_overlap(const Program& program, const EntryRecord& entry, const CallRecord& call) {

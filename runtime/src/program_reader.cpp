@@ -17,6 +17,7 @@ constexpr uint32_t kMaxOperands = 1u << 14;
 constexpr uint32_t kMaxAttributes = 256;
 constexpr uint32_t kMaxArguments = 1u << 16;
 constexpr uint64_t kMaxBytes = 1ull << 40;
+constexpr uint8_t kMaxDType = static_cast<uint8_t>(DType::kB16);
 
 Status truncated(const char* table, size_t index) {
   return fail(PK_BAD_FILE, "the program section is corrupt: %s %zu is cut off or out of range", table, index);
@@ -33,7 +34,7 @@ Status read_tensor(ByteReader& reader, size_t index, TensorRecord* record) {
   const uint8_t storage = reader.u8();
   const uint8_t rank = reader.u8();
   const uint8_t zero = reader.u8();
-  if (reader.failed() || dtype > 7 || storage > 1 || rank > kMaxRank || zero != 0)
+  if (reader.failed() || dtype > kMaxDType || storage > 1 || rank > kMaxRank || zero != 0)
     return truncated("tensor", index);
   record->type.dtype = static_cast<DType>(dtype);
   record->type.rank = rank;

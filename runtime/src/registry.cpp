@@ -1,10 +1,14 @@
 // The kernel tables, made from kernels.inc, and the choice of the instruction set.
 #include <cstring>
 
+#include "half.h"
 #include "pockc/kernel.h"
 
 #if defined(__aarch64__) || defined(__arm__)
 #define POCKC_HAS_NEON 1
+#endif
+#if defined(__x86_64__)
+#include <cpuid.h>
 #endif
 #if defined(POCKC_HAS_DOTPROD) && defined(__linux__)
 #include <sys/auxv.h>
@@ -90,6 +94,76 @@ constexpr KernelEntry kAvx512[] = {
     kEnd};
 #endif
 
+struct HalfForm {
+  const char* op;
+  uint32_t inputs;
+  bool narrows;
+};
+constexpr HalfForm kHalfForms[] = {
+#define POCKC_NARROWS(op, inputs) {#op, inputs, true},
+#define POCKC_SUMS(op, inputs) {#op, inputs, false},
+#include "halves.inc"
+};
+
+const HalfForm* find_half_form(const char* op) {
+  for (const HalfForm& form : kHalfForms) {
+    if (std::strcmp(form.op, op) == 0) return &form;
+  }
+  return nullptr;
+}
+
+// The call as if every operand of 16 bits were one of floats.
+struct WidenedCall {
+  static constexpr int kMost = 16;  // inputs, and outputs, of ops that take such operands
+  Tensor tensors[2 * kMost];
+  const Tensor* lists[2 * kMost] = {};
+  Call call;
+
+  explicit WidenedCall(const Call& from) : call(from) {
+    for (int i = 0; i < from.input_count; ++i) add(i, from.inputs[i]);
+    for (int i = 0; i < from.output_count; ++i) add(kMost + i, from.outputs[i]);
+    call.inputs = Operands(lists);
+    call.outputs = Operands(lists + kMost);
+  }
+  void add(int at, const Tensor& tensor) {
+    tensors[at] = tensor;
+    if (is_half(tensor.dtype)) tensors[at].dtype = DType::kF32;
+    lists[at] = &tensors[at];
+  }
+};
+
+// Whether some operand has 16 bits.
+bool has_halves(const Call& call) {
+  for (int i = 0; i < call.input_count; ++i) {
+    if (is_half(call.inputs[i].dtype)) return true;
+  }
+  for (int i = 0; i < call.output_count; ++i) {
+    if (is_half(call.outputs[i].dtype)) return true;
+  }
+  return false;
+}
+
+// Whether operands of 16 bits are where the op takes them, and all of one dtype.
+bool halves_fit(const char* op, const Call& call) {
+  const HalfForm* form = find_half_form(op);
+  if (form == nullptr || call.input_count > WidenedCall::kMost || call.output_count > WidenedCall::kMost)
+    return false;
+  DType dtype = DType::kF32;
+  const auto fits = [&](const Tensor& tensor, bool taken) {
+    if (!is_half(tensor.dtype)) return true;
+    const bool alike = dtype == DType::kF32 || dtype == tensor.dtype;
+    dtype = tensor.dtype;
+    return taken && alike;
+  };
+  for (int i = 0; i < call.input_count; ++i) {
+    if (!fits(call.inputs[i], (form->inputs >> i & 1u) != 0)) return false;
+  }
+  for (int i = 0; i < call.output_count; ++i) {
+    if (!fits(call.outputs[i], i == 0 && form->narrows)) return false;
+  }
+  return true;
+}
+
 struct InstructionSet {
   const char* name;
   const KernelEntry* table;
@@ -109,7 +183,12 @@ bool has_dotprod() {
 }
 #endif
 #if defined(__x86_64__)
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+// Every CPU with AVX2 has it; not every compiler's __builtin_cpu_supports knows its name.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -156,6 +235,14 @@ void add_reference(const KernelEntry* kernel) { added = kernel; }
 const KernelEntry* find_reference(const char* op) {
   const KernelEntry* found = find(kReference, op);
   return found == nullptr && added != nullptr && std::strcmp(added->op, op) == 0 ? added : found;
+}
+
+Status check_call(const KernelEntry& reference, const Call& call, bool* has_reference) {
+  *has_reference = true;
+  const Status status = reference.check(call);
+  if (status == PK_OK || !has_halves(call) || !halves_fit(reference.op, call)) return status;
+  *has_reference = false;
+  return reference.check(WidenedCall(call).call);
 }
 
 const KernelEntry* find_simd(const char* op, const char* isa) {

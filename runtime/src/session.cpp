@@ -101,16 +101,21 @@ Status Session::bind_call(const SessionSettings& settings, const CallRecord& rec
                 origin, pk_version());
   }
   clear_error();
-  const Status status = reference->check(call);
+  bool has_reference = true;
+  const Status status = check_call(*reference, call, &has_reference);
   if (status != PK_OK) {
     const std::string reason =
         last_error()[0] == '\0' ? "its operands or attributes are wrong" : last_error();
     return fail(status, "op `%s` at %s cannot run: %s", op, origin, reason.c_str());
   }
   bound->run = reference->run;
-  if (settings.reference_only) return PK_OK;
+  if (settings.reference_only && has_reference) return PK_OK;
   const KernelEntry* simd = find_simd(op, settings.isa);
-  if (simd != nullptr && simd->accepts(call)) bound->run = simd->run;
+  if (simd != nullptr && simd->accepts(call)) {
+    bound->run = simd->run;
+  } else if (!has_reference) {
+    return fail(PK_BAD_FILE, "op `%s` at %s cannot run: no kernel takes its 16-bit operands", op, origin);
+  }
   return PK_OK;
 }
 

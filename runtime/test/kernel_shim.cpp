@@ -60,7 +60,8 @@ PK_API int32_t kernel_shim_run(const char* op, const char* provider, const kerne
   call.float_count = arguments->float_count;
   call.workspace_bytes = arguments->workspace_bytes;
   call.pool = &pool;
-  const pockc::Status status = reference->check(call);
+  bool has_reference = true;
+  const pockc::Status status = pockc::check_call(*reference, call, &has_reference);
   if (status != PK_OK) return status;
 
   const pockc::KernelEntry* entry = reference;
@@ -68,6 +69,8 @@ PK_API int32_t kernel_shim_run(const char* op, const char* provider, const kerne
     const char* dash = std::strchr(provider, '-');
     entry = dash == nullptr ? pockc::find_simd(op) : pockc::find_simd(op, dash + 1);
     if (entry == nullptr || !entry->accepts(call)) return PK_UNSUPPORTED;
+  } else if (!has_reference && arguments->check_only == 0) {
+    return PK_UNSUPPORTED;
   }
   if (arguments->check_only != 0) return PK_OK;
   convert(arguments->inputs, arguments->input_count, true, inputs);

@@ -108,11 +108,11 @@ TEST("a missing file and a directory are told apart from a corrupt file") {
 TEST("another version is named in the message") {
   TemporaryDirectory directory;
   std::string bytes = mean_program().bytes();
-  bytes[8] = 3;
+  bytes[8] = 4;
   const uint32_t crc = crc32(0, bytes.data(), 28);
   std::memcpy(&bytes[28], &crc, 4);
   CHECK(load_bytes(directory, bytes) == PK_BAD_FILE);
-  CHECK(contains(pk_last_error(), "has format version 3"));
+  CHECK(contains(pk_last_error(), "has format version 4"));
 }
 
 TEST("corrupt programs with right checksums never crash the reader or a kernel") {

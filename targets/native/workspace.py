@@ -19,6 +19,7 @@ _GEMM_DEPTH = 256  # block of the inner dimension
 _GEMM_WORK = 256 * 1024  # multiply-adds from which on a product uses several threads
 _GEMM_ROWS = 16  # most rows of any instruction set's tile
 _GEMM_PADDING = 16  # floats between copied rows
+_SUM_FLOATS = 64 * 1024  # of a result in 16 bits, before it is rounded
 _DEPTHWISE_UNITS = 4  # separately summed parts of a depthwise weight gradient
 _NORM_UNITS = 4  # separately summed parts of a normalisation's gamma gradient
 _SCORE_FLOATS = 32768  # of a block of attention scores, where sequences are long
@@ -67,22 +68,26 @@ def _block_columns(rows: int, copied: bool) -> int:
     return next((columns for most, columns in ((64, 48), (256, 96), (512, 192)) if rows <= most), 384)
 
 
-def _part(rows: int, columns: int, depth: int, copied: bool) -> int:
-    """Bytes that one thread needs for a product; ``copied`` where panels of the left matrix are copied."""
+def _part(rows: int, columns: int, depth: int, copied: bool, narrowed: bool = False) -> int:
+    """Bytes that one thread needs for a product.
+
+    ``copied`` where panels of the left matrix are copied, ``narrowed`` where sums wait to be rounded to 16 bits.
+    """
     block = min(depth, _GEMM_DEPTH)
     left = _GEMM_ROWS * (block + _GEMM_PADDING) if copied else 0
-    right = block * min(_round_up(columns, 16), _block_columns(rows, copied))
-    return _FLOAT * _round_up(left + right, 16)
+    across = min(_round_up(columns, 16), _block_columns(rows, copied))
+    sums = min(rows, _SUM_FLOATS // across) * across if narrowed else 0
+    return _FLOAT * (_round_up(left + block * across, 16) + _round_up(sums, 16))
 
 
-def _gemm(rows: int, columns: int, depth: int, copied: bool, threads: int) -> int:
+def _gemm(rows: int, columns: int, depth: int, copied: bool, threads: int, narrowed: bool = False) -> int:
     """Bytes for a product on that many threads, or on fewer."""
-    alone = _part(rows, columns, depth, copied)
+    alone = _part(rows, columns, depth, copied, narrowed)
     if rows * columns * depth < _GEMM_WORK:
         return alone
     splits_rows = 2 * rows >= columns
     shares = ((count, -(-rows // count) if splits_rows else rows) for count in range(2, threads + 1))
-    return max(alone, *(count * _part(share, columns, depth, copied) for count, share in shares), 0)
+    return max(alone, *(count * _part(share, columns, depth, copied, narrowed) for count, share in shares), 0)
 
 
 def _conflicts(stride: int) -> bool:
@@ -96,11 +101,12 @@ def _matmul(inputs: Types, outputs: Types, attrs: Attributes, threads: int) -> i
     rows, columns, depth, batch = out[-2], out[-1], left[-2 if transposed else -1], prod(out[:-2])
     if len(inputs[1].shape) == 2 and len(left) == len(out) and not transposed:
         rows, batch = rows * batch, 1
-    copied = transposed or _conflicts(left[-1])
-    whole_items = min(threads, batch) * _part(rows, columns, depth, copied)
+    copied = transposed or inputs[0].is_half or _conflicts(left[-1])
+    narrowed = outputs[0].is_half
+    whole_items = min(threads, batch) * _part(rows, columns, depth, copied, narrowed)
     if batch > 1 and batch >= threads:
         return whole_items
-    return max(whole_items, _gemm(rows, columns, depth, copied, threads))
+    return max(whole_items, _gemm(rows, columns, depth, copied, threads, narrowed))
 
 
 def _is_depthwise(channels: int, out_channels: int, groups: int) -> bool:
@@ -119,8 +125,9 @@ def _conv2d(inputs: Types, outputs: Types, attrs: Attributes, threads: int) -> i
     channels, weight, groups = inputs[0].shape[3], inputs[1].shape, attrs["groups"]
     if _is_depthwise(channels, weight[0], groups):
         return _depthwise(channels, weight[1:3])
-    copied = not _is_pointwise(weight, attrs) or _conflicts(channels)
-    return _gemm(prod(outputs[0].shape[:3]), weight[0] // groups, prod(weight[1:]), copied, threads)
+    copied = not _is_pointwise(weight, attrs) or inputs[0].is_half or _conflicts(channels)
+    rows, columns, depth = prod(outputs[0].shape[:3]), weight[0] // groups, prod(weight[1:])
+    return _gemm(rows, columns, depth, copied, threads, outputs[0].is_half)
 
 
 def _phases(size: int, weight: tuple[int, ...], attrs: Attributes, axis: int) -> list[tuple[int, int]]:
@@ -139,11 +146,12 @@ def _conv2d_grad_input(inputs: Types, outputs: Types, attrs: Attributes, threads
     channels, weight, groups = outputs[0].shape[3], inputs[1].shape, attrs["groups"]
     if _is_depthwise(channels, weight[0], groups):
         return _depthwise(channels, weight[1:3])
-    copied = not _is_pointwise(weight, attrs) or _conflicts(weight[0])
+    copied = not _is_pointwise(weight, attrs) or inputs[0].is_half or _conflicts(weight[0])
+    narrowed = outputs[0].is_half
     batch, height, width, _ = outputs[0].shape
     down, across = (_phases(size, weight, attrs, axis) for axis, size in enumerate((height, width)))
     products = ((batch * h * w, r * s * (weight[0] // groups)) for (h, r), (w, s) in product(down, across) if r * s)
-    return max((_gemm(rows, weight[3], depth, copied, threads) for rows, depth in products), default=0)
+    return max((_gemm(rows, weight[3], depth, copied, threads, narrowed) for rows, depth in products), default=0)
 
 
 def _conv2d_grad_weight(inputs: Types, outputs: Types, attrs: Attributes, threads: int) -> int:
@@ -191,8 +199,8 @@ def _attention(inputs: Types, outputs: Types, attrs: Attributes, threads: int) -
     queries, depth = inputs[0].shape[2:]
     keys, value_depth = inputs[2].shape[2:]
     rows, block = _score_block(queries, keys)
-    products = ((rows, keys, depth), (rows, value_depth, keys))
-    return threads * (block + max(_part(*shape, copied=True) for shape in products))
+    scores = _part(rows, keys, depth, copied=True)
+    return threads * (block + max(scores, _part(rows, value_depth, keys, copied=True, narrowed=outputs[0].is_half)))
 
 
 def _attention_grad(inputs: Types, outputs: Types, attrs: Attributes, threads: int) -> int:

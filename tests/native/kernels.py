@@ -232,8 +232,23 @@ def run(
     workspace_bytes: int = WORKSPACE_BYTES,
 ) -> tuple[int, list[Array]]:
     """The status and the outputs of one kernel; ``share`` maps outputs to the inputs whose buffer they take."""
-    ints, floats = flat(op, attrs)
     types = [TensorType(tuple(x.shape), dtype_of(x)) for x in inputs]
+    return run_typed(op, provider, inputs, types, outputs, attrs, threads, workspace_bytes, share)
+
+
+def run_typed(
+    op: str,
+    provider: str,
+    inputs: Sequence[Array],
+    types: Sequence[TensorType],
+    outputs: Sequence[TensorType],
+    attrs: Mapping[str, Any],
+    threads: int = 1,
+    workspace_bytes: int = WORKSPACE_BYTES,
+    share: Mapping[int, int] | None = None,
+) -> tuple[int, list[Array]]:
+    """As `run`, for arrays whose dtype does not say what they are: b16 is stored as uint16."""
+    ints, floats = flat(op, attrs)
     sources = [Block(type_.nbytes) for type_ in types]
     for block, type_, x in zip(sources, types, inputs, strict=True):
         block.view(type_)[...] = x

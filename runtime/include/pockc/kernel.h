@@ -29,9 +29,22 @@ class ThreadPool;
 
 using Status = pk_status;  // PK_OK on success
 
-// The codes of program files. The first five are those of pk_dtype; the others are frozen weights in fewer
-// bytes (kernels/compact.h), which lie in the file alone: callers of the C interface see them as floats.
-enum class DType : uint8_t { kF32 = 0, kI64 = 1, kI32 = 2, kU8 = 3, kBool = 4, kBF16 = 5, kQ8 = 6, kQ4 = 7 };
+// The codes of program files. The first five are those of pk_dtype. The next are frozen weights in fewer
+// bytes (kernels/compact.h), which lie in the file alone: callers of the C interface see them as floats. The
+// last are activations and their gradients in 16 bits (kernels/half.h), of which callers of the C
+// interface see none.
+enum class DType : uint8_t {
+  kF32 = 0,
+  kI64 = 1,
+  kI32 = 2,
+  kU8 = 3,
+  kBool = 4,
+  kBF16 = 5,
+  kQ8 = 6,
+  kQ4 = 7,
+  kF16 = 8,
+  kB16 = 9
+};
 constexpr int kMaxRank = 8;
 constexpr size_t kAlignment = 64;
 
@@ -134,6 +147,9 @@ const KernelEntry* find_reference(const char* op);
 // Adds an op that only the program which links this library has: found where the tables have none of its
 // name. One at most, before anything is loaded; `kernel` must outlive every session.
 void add_reference(const KernelEntry* kernel);
+// Checks a call as the reference does; where that refuses operands of 16 bits that simd kernels take, with
+// floats in their place. Then the call has no reference kernel: it runs only where a simd kernel accepts it.
+Status check_call(const KernelEntry& reference, const Call& call, bool* has_reference);
 // The best simd kernel of this op that the CPU can run, or null.
 const KernelEntry* find_simd(const char* op);
 // The same from one instruction set ("baseline", "avx2", "avx512", "neon"; null: the best); null when the CPU

@@ -12,6 +12,7 @@
 #include <limits>
 
 #include "compact.h"
+#include "half.h"
 #include "pockc/kernel.h"
 
 namespace pockc::ref {
@@ -47,7 +48,12 @@ enum Choice : int64_t {
   kTypeI32,
   kTypeU8,
   kTypeBool,
+  kTypeF16,
+  kTypeB16,
 };
+
+constexpr int kNoWeight = -1;
+constexpr bool kHalves = true;
 
 inline Status verdict(bool fits) { return fits ? PK_OK : PK_BAD_FILE; }
 
@@ -106,9 +112,10 @@ class Attributes {
 
 inline bool no_attributes(const Call& call) { return Attributes(call).valid(); }
 
-inline bool well_formed(const Tensor& tensor, bool may_be_compact = false) {
+inline bool well_formed(const Tensor& tensor, bool may_be_compact = false, bool may_be_half = false) {
   const bool compact = may_be_compact && is_compact(tensor.dtype) && tensor.rank >= 2;
-  if (tensor.dtype > DType::kBool && !compact) return false;
+  const bool half = may_be_half && is_half(tensor.dtype);
+  if (tensor.dtype > DType::kBool && !compact && !half) return false;
   if (tensor.rank < 0 || tensor.rank > kMaxRank) return false;
   int64_t elements = 1;
   for (int i = 0; i < tensor.rank; ++i) {
@@ -119,15 +126,17 @@ inline bool well_formed(const Tensor& tensor, bool may_be_compact = false) {
 }
 
 // Operand counts, and tensors whose shape alone makes sense. The first condition of every check. Only the
-// input `weight` may be compact: no other kernel could tell how many bytes such a tensor has.
-inline bool has_operands(const Call& call, int least_inputs, int most_inputs, int outputs, int weight = -1) {
+// input `weight` may be compact: no other kernel could tell how many bytes such a tensor has. `halves` is for
+// kernels that convert 16-bit numbers, or move them without looking.
+inline bool has_operands(const Call& call, int least_inputs, int most_inputs, int outputs, int weight = -1,
+                         bool halves = false) {
   if (call.input_count < least_inputs || call.input_count > most_inputs || call.output_count != outputs)
     return false;
   for (int i = 0; i < call.input_count; ++i) {
-    if (!well_formed(call.inputs[i], i == weight)) return false;
+    if (!well_formed(call.inputs[i], i == weight, halves)) return false;
   }
   for (int i = 0; i < call.output_count; ++i) {
-    if (!well_formed(call.outputs[i])) return false;
+    if (!well_formed(call.outputs[i], false, halves)) return false;
   }
   return true;
 }
@@ -194,6 +203,9 @@ inline size_t element_size(DType dtype) {
     case DType::kF32:
     case DType::kI32:
       return 4;
+    case DType::kF16:
+    case DType::kB16:
+      return 2;
     default:
       return 1;
   }
@@ -211,6 +223,8 @@ void with_element(DType dtype, F&& f) {
       return f(uint64_t{0});
     case 4:
       return f(uint32_t{0});
+    case 2:
+      return f(uint16_t{0});
     default:
       return f(uint8_t{0});
   }

@@ -9,7 +9,7 @@ constexpr int kMostOperands = 64;
 }  // namespace
 
 Status check_concat(const Call& call) {
-  if (!has_operands(call, 1, kMostOperands, 1)) return PK_BAD_FILE;
+  if (!has_operands(call, 1, kMostOperands, 1, kNoWeight, kHalves)) return PK_BAD_FILE;
   const Tensor& out = call.outputs[0];
   Attributes attributes(call);
   const int axis = attributes.axis(out);

@@ -13,14 +13,14 @@ Status copy_bytes(const Call& call) {
 }  // namespace
 
 Status check_copy(const Call& call) {
-  return verdict(has_operands(call, 1, 1, 1) && no_attributes(call) &&
+  return verdict(has_operands(call, 1, 1, 1, kNoWeight, kHalves) && no_attributes(call) &&
                  same_type(call.inputs[0], call.outputs[0]));
 }
 
 Status run_copy(const Call& call) { return copy_bytes(call); }
 
 Status check_reshape(const Call& call) {
-  if (!has_operands(call, 1, 1, 1)) return PK_BAD_FILE;
+  if (!has_operands(call, 1, 1, 1, kNoWeight, kHalves)) return PK_BAD_FILE;
   const Tensor &x = call.inputs[0], &out = call.outputs[0];
   Attributes attributes(call);
   const Tuple shape = attributes.tuple(1, kMaxElements);

@@ -19,7 +19,7 @@ Insert read_insert(Attributes& attributes, const Tensor& base) {
 }  // namespace
 
 Status check_insert(const Call& call) {
-  if (!has_operands(call, 2, 2, 1)) return PK_BAD_FILE;
+  if (!has_operands(call, 2, 2, 1, kNoWeight, kHalves)) return PK_BAD_FILE;
   const Tensor &base = call.inputs[0], &part = call.inputs[1], &out = call.outputs[0];
   Attributes attributes(call);
   const Insert insert = read_insert(attributes, base);

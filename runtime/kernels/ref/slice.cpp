@@ -36,7 +36,7 @@ SliceGrad read_slice_grad(Attributes& attributes, const Tensor& ct) {
 }  // namespace
 
 Status check_slice(const Call& call) {
-  if (!has_operands(call, 1, 1, 1)) return PK_BAD_FILE;
+  if (!has_operands(call, 1, 1, 1, kNoWeight, kHalves)) return PK_BAD_FILE;
   const Tensor &x = call.inputs[0], &out = call.outputs[0];
   Attributes attributes(call);
   const Slice slice = read_slice(attributes, x);

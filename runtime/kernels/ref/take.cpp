@@ -11,7 +11,7 @@ bool is_index_list(const Tensor& indices) { return indices.dtype == DType::kI32 
 }  // namespace
 
 Status check_take(const Call& call) {
-  if (!has_operands(call, 2, 2, 1)) return PK_BAD_FILE;
+  if (!has_operands(call, 2, 2, 1, kNoWeight, kHalves)) return PK_BAD_FILE;
   const Tensor &x = call.inputs[0], &indices = call.inputs[1], &out = call.outputs[0];
   Attributes attributes(call);
   const int axis = attributes.axis(x);

@@ -22,7 +22,7 @@ Status gather(const Call& call, const Nest<2>& nest) {
 }  // namespace
 
 Status check_transpose(const Call& call) {
-  if (!has_operands(call, 1, 1, 1)) return PK_BAD_FILE;
+  if (!has_operands(call, 1, 1, 1, kNoWeight, kHalves)) return PK_BAD_FILE;
   const Tensor &x = call.inputs[0], &out = call.outputs[0];
   Attributes attributes(call);
   const Tuple permutation = attributes.tuple_of(x.rank, 0, x.rank - 1);
@@ -48,7 +48,7 @@ Status run_transpose(const Call& call) {
 }
 
 Status check_expand(const Call& call) {
-  if (!has_operands(call, 1, 1, 1)) return PK_BAD_FILE;
+  if (!has_operands(call, 1, 1, 1, kNoWeight, kHalves)) return PK_BAD_FILE;
   const Tensor &x = call.inputs[0], &out = call.outputs[0];
   Attributes attributes(call);
   const Tuple shape = attributes.tuple(1, kMaxElements);

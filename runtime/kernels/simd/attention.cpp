@@ -6,11 +6,10 @@ namespace pockc {
 namespace POCKC_SIMD_NAMESPACE {
 namespace {
 
-int64_t product_scratch(const Attention& a) {
-  const int64_t rows = a.block_rows();
-  return maximum(part_scratch(rows, a.keys, a.depth, true), part_scratch(rows, a.value_depth, a.keys, true));
+int64_t thread_floats(const Attention& a, bool narrowed) {
+  const int64_t rows = a.block_rows(), scores = part_scratch(rows, a.keys, a.depth, true);
+  return rows * a.score_pitch() + maximum(scores, part_scratch(rows, a.value_depth, a.keys, true, narrowed));
 }
-int64_t thread_floats(const Attention& a) { return a.block_rows() * a.score_pitch() + product_scratch(a); }
 
 void run_block(const Call& call, const Attention& a, int64_t head, int64_t begin, int64_t end,
                float* scores) {
@@ -36,9 +35,12 @@ void run_block(const Call& call, const Attention& a, int64_t head, int64_t begin
   }
   Gemm g;
   g.m = end - begin, g.n = a.value_depth, g.k = seen;
-  plain(&g, scores, a.score_pitch(), false, a.v + (b * a.key_heads + a.key_head(h)) * a.keys * a.value_depth,
-        a.value_depth, false, call.outputs[0].as<float>() + (head * a.queries + begin) * a.value_depth,
+  const Tensor& out = call.outputs[0];
+  plain(&g, scores, a.score_pitch(), false,
+        a.v.from((b * a.key_heads + a.key_head(h)) * a.keys * a.value_depth), a.value_depth, false, nullptr,
         a.value_depth);
+  g.c.data = element(out, (head * a.queries + begin) * a.value_depth);
+  g.c.dtype = out.dtype;
   gemm_alone(g, scratch);
 }
 
@@ -46,14 +48,14 @@ void run_block(const Call& call, const Attention& a, int64_t head, int64_t begin
 
 bool accepts_attention(const Call& call) {
   if (elements(call.outputs[0]) == 0 || elements(call.inputs[1]) == 0) return false;
-  return has_workspace(call, thread_floats(Attention(call, 0, 3)));
+  return has_workspace(call, thread_floats(Attention(call, 0, 3), is_half(call.outputs[0].dtype)));
 }
 
 Status run_attention(const Call& call) {
   const Attention a(call, 0, 3);
   const int64_t rows = a.block_rows(), blocks = divide_up(a.queries, rows);
   parallel(call, a.batch * a.heads * blocks, 1, [&](int64_t first, int64_t last, int thread) {
-    float* scores = workspace(call) + thread * thread_floats(a);
+    float* scores = workspace(call) + thread * thread_floats(a, is_half(call.outputs[0].dtype));
     for (int64_t unit = first; unit < last; ++unit) {
       const int64_t begin = unit % blocks * rows;
       run_block(call, a, unit / blocks, begin, minimum(a.queries, begin + rows), scores);

@@ -18,9 +18,24 @@ constexpr int64_t kBlockFloats = 32768;
 constexpr int64_t kMostBlockRows = 64;
 constexpr int64_t kLeastBlockRows = 8;
 
+// Elements of a tensor, floats or halves, from one of them on.
+struct Elements {
+  const void* data = nullptr;
+  DType dtype = DType::kF32;
+
+  Elements() = default;
+  Elements(const float* floats) : data(floats) {}
+  explicit Elements(const Tensor& tensor) : data(tensor.data), dtype(tensor.dtype) {}
+  Elements from(int64_t index) const {
+    Elements later = *this;
+    later.data = advanced(data, dtype, index);
+    return later;
+  }
+};
+
 struct Attention {
   int64_t batch, heads, key_heads, queries, keys, depth, value_depth;
-  const float *q, *k, *v;
+  Elements q, k, v;
   const Tensor* mask = nullptr;
   int64_t mask_strides[4] = {};
   float scale;
@@ -30,7 +45,7 @@ struct Attention {
     const Tensor &tq = call.inputs[first], &tk = call.inputs[first + 1], &tv = call.inputs[first + 2];
     batch = tq.dims[0], heads = tq.dims[1], queries = tq.dims[2], depth = tq.dims[3];
     key_heads = tk.dims[1], keys = tk.dims[2], value_depth = tv.dims[3];
-    q = tq.as<float>(), k = tk.as<float>(), v = tv.as<float>();
+    q = Elements(tq), k = Elements(tk), v = Elements(tv);
     Attributes attributes(call);
     scale = attributes.real();
     causal = attributes.boolean();
@@ -57,10 +72,14 @@ struct Attention {
   void scores(int64_t b, int64_t h, int64_t begin, int64_t end, float* to, float* scratch) const;
 };
 
-inline void plain(Gemm* g, const float* a, int64_t a_stride, bool a_transposed, const float* b,
-                  int64_t b_stride, bool b_transposed, float* c, int64_t c_stride) {
-  g->a.data = a, g->a.stride = a_stride, g->a.transposed = a_transposed;
-  g->b.data = b, g->b.stride = b_stride, g->b.transposed = b_transposed;
+inline void plain(Gemm* g, Elements a, int64_t a_stride, bool a_transposed, Elements b, int64_t b_stride,
+                  bool b_transposed, float* c, int64_t c_stride) {
+  g->a.data = a.data, g->a.dtype = a.dtype, g->a.stride = a_stride, g->a.transposed = a_transposed;
+  Tensor right;
+  right.data = const_cast<void*>(b.data), right.dtype = b.dtype;
+  g->b = RightMatrix();
+  g->b.set(right, 0, b_stride);
+  g->b.transposed = b_transposed;
   g->c.data = c, g->c.stride = c_stride;
 }
 
@@ -85,8 +104,8 @@ inline void Attention::scores(int64_t b, int64_t h, int64_t begin, int64_t end, 
   const int64_t seen = visible(end);
   Gemm g;
   g.m = end - begin, g.n = seen, g.k = depth;
-  plain(&g, q + ((b * heads + h) * queries + begin) * depth, depth, false,
-        k + (b * key_heads + key_head(h)) * keys * depth, depth, true, to, score_pitch());
+  plain(&g, q.from(((b * heads + h) * queries + begin) * depth), depth, false,
+        k.from((b * key_heads + key_head(h)) * keys * depth), depth, true, to, score_pitch());
   gemm_alone(g, scratch);
   for (int64_t i = begin; i < end; ++i) {
     float* row = to + (i - begin) * score_pitch();

@@ -21,15 +21,25 @@ int64_t thread_floats(const Attention& a) {
 
 struct Head {
   int64_t b, h;
-  const float *ct, *q, *k, *v, *out, *log_sums;
+  Elements ct, q, k, v, out;
+  const float* log_sums;
   float *dq, *dk, *dv;
 };
 
-float row_product(const float* x, const float* y, int64_t n) {
+template <typename T>
+float row_product_of(const T* x, const T* y, int64_t n) {
   Lanes sum = Lanes::all(0);
   for_lanes(n, [&](int j, int64_t i, int64_t valid)
                    POCKC_LAMBDA { sum.v[j] = fma(load_n(x + i, valid), load_n(y + i, valid), sum.v[j]); });
   return sum.sum();
+}
+
+// Of elements of one dtype.
+float row_product(Elements x, Elements y, int64_t n) {
+  return with_elements(x.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    return row_product_of(static_cast<const T*>(x.data), static_cast<const T*>(y.data), n);
+  });
 }
 
 void multiply(int64_t m, int64_t n, int64_t k, Gemm* g, bool accumulate, float* scratch) {
@@ -44,7 +54,7 @@ void run_block(const Attention& a, const Head& head, int64_t begin, int64_t end,
   float* ds = p + a.block_rows() * pitch;
   a.scores(head.b, head.h, begin, end, p, scratch);
   Gemm g;
-  plain(&g, head.ct + begin * width, width, false, head.v, width, true, ds, pitch);
+  plain(&g, head.ct.from(begin * width), width, false, head.v, width, true, ds, pitch);
   multiply(rows, seen, width, &g, false, scratch);
   for (int64_t i = begin; i < end; ++i) {
     float* p_row = p + (i - begin) * pitch;
@@ -55,18 +65,18 @@ void run_block(const Attention& a, const Head& head, int64_t begin, int64_t end,
       zero_run(ds_row, seen);
       continue;
     }
-    const vf delta = splat(row_product(head.ct + i * width, head.out + i * width, width));
+    const vf delta = splat(row_product(head.ct.from(i * width), head.out.from(i * width), width));
     for_vectors(0, seen, [&](int64_t j, int64_t valid) POCKC_LAMBDA {
       const vf probability = exponential_of_negative(load_n(p_row + j, valid) - splat(log_sum));
       store_n(p_row + j, probability, valid);
       store_n(ds_row + j, probability * (load_n(ds_row + j, valid) - delta) * splat(a.scale), valid);
     });
   }
-  plain(&g, p, pitch, true, head.ct + begin * width, width, false, head.dv, width);
+  plain(&g, p, pitch, true, head.ct.from(begin * width), width, false, head.dv, width);
   multiply(seen, width, rows, &g, true, scratch);
   plain(&g, ds, pitch, false, head.k, depth, false, head.dq + begin * depth, depth);
   multiply(rows, depth, seen, &g, false, scratch);
-  plain(&g, ds, pitch, true, head.q + begin * depth, depth, false, head.dk, depth);
+  plain(&g, ds, pitch, true, head.q.from(begin * depth), depth, false, head.dk, depth);
   multiply(seen, depth, rows, &g, true, scratch);
 }
 
@@ -75,11 +85,11 @@ Head head_of(const Call& call, const Attention& a, int64_t b, int64_t h) {
   const int64_t queries = query_head * a.queries, keys = key_head * a.keys;
   Head head;
   head.b = b, head.h = h;
-  head.ct = call.inputs[0].as<float>() + queries * a.value_depth;
-  head.q = a.q + queries * a.depth;
-  head.k = a.k + keys * a.depth;
-  head.v = a.v + keys * a.value_depth;
-  head.out = call.inputs[4].as<float>() + queries * a.value_depth;
+  head.ct = Elements(call.inputs[0]).from(queries * a.value_depth);
+  head.q = a.q.from(queries * a.depth);
+  head.k = a.k.from(keys * a.depth);
+  head.v = a.v.from(keys * a.value_depth);
+  head.out = Elements(call.inputs[4]).from(queries * a.value_depth);
   head.log_sums = call.inputs[5].as<float>() + queries;
   head.dq = call.outputs[0].as<float>() + queries * a.depth;
   head.dk = call.outputs[1].as<float>() + keys * a.depth;
@@ -91,6 +101,7 @@ Head head_of(const Call& call, const Attention& a, int64_t b, int64_t h) {
 
 bool accepts_attention_grad(const Call& call) {
   if (elements(call.inputs[0]) == 0 || elements(call.inputs[2]) == 0) return false;
+  if (call.inputs[0].dtype != call.inputs[4].dtype) return false;
   return has_workspace(call, thread_floats(Attention(call, 1, 6)));
 }
 

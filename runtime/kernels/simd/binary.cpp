@@ -5,6 +5,7 @@
 // channel factor [N, 1, 1, C]. Anything else goes to the reference kernel. Output element i depends on the
 // full operand's element i, so the output may be that operand.
 #include "simd/attributes.h"
+#include "simd/halves.h"
 #include "simd/math.h"
 
 namespace pockc {
@@ -36,31 +37,41 @@ bool fit_broadcast(const Tensor& t, const Tensor& out, Broadcast* b) {
   return true;
 }
 
+// Floats, or halves of one dtype; beside these the operand that is not full may be of floats.
+bool dtypes_fit(const Call& call, int full) {
+  const DType dtype = call.outputs[0].dtype;
+  const Tensor& other = call.inputs[1 - full];
+  return (dtype == DType::kF32 || is_half(dtype)) && call.inputs[full].dtype == dtype &&
+         (other.dtype == dtype || is_f32(other));
+}
+
 Broadcast describe(const Call& call) {
   Broadcast b;
   const Tensor& out = call.outputs[0];
-  if (!is_f32(call.inputs[0]) || !is_f32(call.inputs[1]) || elements(out) == 0) return b;
+  if (elements(out) == 0) return b;
   if (elements(call.inputs[0]) == elements(out)) {
-    b.valid = fit_broadcast(call.inputs[1], out, &b);
+    b.valid = fit_broadcast(call.inputs[1], out, &b) && dtypes_fit(call, 0);
     return b;
   }
   b.left_is_full = false;
-  b.valid = elements(call.inputs[1]) == elements(out) && fit_broadcast(call.inputs[0], out, &b);
+  b.valid = elements(call.inputs[1]) == elements(out) && fit_broadcast(call.inputs[0], out, &b) &&
+            dtypes_fit(call, 1);
   return b;
 }
 
-template <typename F>
-Status combine_full(const Call& call, const Broadcast& b, F function) {
-  const float* full = call.inputs[b.left_is_full ? 0 : 1].as<float>();
-  const float* other = call.inputs[b.left_is_full ? 1 : 0].as<float>();
-  float* out = call.outputs[0].as<float>();
+// `full` and the output are of T, the other operand is of O.
+template <typename T, typename O, typename F>
+Status combine_of(const Call& call, const Broadcast& b, F function) {
+  const T* full = call.inputs[b.left_is_full ? 0 : 1].as<T>();
+  const O* other = call.inputs[b.left_is_full ? 1 : 0].as<O>();
+  T* out = call.outputs[0].as<T>();
   if (b.inner == 1) {  // one factor per run of `middle` elements
     const int64_t grain = maximum<int64_t>(1, kElementGrain / b.middle);
     const int64_t parts = b.outer == 1 ? b.middle : b.outer;
     parallel(call, parts, b.outer == 1 ? kElementGrain : grain, [&](int64_t begin, int64_t end, int) {
       const bool scalar = b.outer == 1;
       for (int64_t o = scalar ? 0 : begin; o < (scalar ? 1 : end); ++o) {
-        const vf factor = splat(other[o]);
+        const vf factor = splat(load_n(other + o, 1)[0]);
         const int64_t first = scalar ? begin : o * b.middle;
         for_vectors(first, scalar ? end : first + b.middle, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
           store_n(out + i, function(load_n(full + i, valid), factor), valid);
@@ -80,15 +91,24 @@ Status combine_full(const Call& call, const Broadcast& b, F function) {
   parallel(call, b.outer * b.middle, maximum<int64_t>(1, kElementGrain / b.inner),
            [&](int64_t begin, int64_t end, int) {
              for (int64_t row = begin; row < end; ++row) {
-               const float* x = full + row * b.inner;
-               const float* y = other + row / b.middle * b.inner;
-               float* z = out + row * b.inner;
+               const T* x = full + row * b.inner;
+               const O* y = other + row / b.middle * b.inner;
+               T* z = out + row * b.inner;
                for_vectors(0, b.inner, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
                  store_n(z + i, function(load_n(x + i, valid), load_n(y + i, valid)), valid);
                });
              }
            });
   return PK_OK;
+}
+
+template <typename F>
+Status combine_full(const Call& call, const Broadcast& b, F function) {
+  return with_elements(call.outputs[0].dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if (is_f32(call.inputs[b.left_is_full ? 1 : 0])) return combine_of<T, float>(call, b, function);
+    return combine_of<T, T>(call, b, function);
+  });
 }
 
 template <typename F>

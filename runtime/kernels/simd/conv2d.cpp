@@ -26,12 +26,14 @@ Gemm product(const Call& call, const Convolution& c, const Patches& patches) {
   g.m = c.batch * c.out_height * c.out_width;
   g.n = c.group_out();
   g.k = c.taps() * c.group_in();
-  g.a.data = call.inputs[0].as<float>();
+  g.a.data = call.inputs[0].data;
+  g.a.dtype = call.inputs[0].dtype;
   g.a.stride = c.channels;
   if (!c.pointwise()) g.a.patches = &patches;
   set_weight(call.inputs[1], 0, g.k, &g.b);
   g.b.transposed = true;
-  g.c.data = call.outputs[0].as<float>();
+  g.c.data = call.outputs[0].data;
+  g.c.dtype = call.outputs[0].dtype;
   g.c.stride = c.out_channels;
   return g;
 }
@@ -42,6 +44,7 @@ bool accepts_conv2d(const Call& call) {
   Epilogue epilogue;
   const Convolution c = describe(call, &epilogue);
   if (!convolution_fits(call, c)) return false;
+  if (c.depthwise() && is_half(call.inputs[0].dtype) && epilogue.activation > kClip) return false;
   if (c.depthwise()) return has_workspace(call, 0, depthwise_floats(c));
   return has_workspace(call, 0, gemm_scratch(product(call, c, Patches()), thread_count(call)));
 }
@@ -53,15 +56,14 @@ Status run_conv2d(const Call& call) {
     depthwise_forward(call, c, epilogue);
     return PK_OK;
   }
-  const float* x = call.inputs[0].as<float>();
   Patches patches;
   Gemm g = product(call, c, patches);
   g.epilogue = epilogue;
   for (int64_t group = 0; group < c.groups; ++group) {
-    patches = c.patches(x, group);
-    g.a.data = x + group * c.group_in();
+    patches = c.patches(call.inputs[0], group);
+    g.a.data = element(call.inputs[0], group * c.group_in());
     set_weight(call.inputs[1], group * g.n, g.k, &g.b);
-    g.c.data = call.outputs[0].as<float>() + group * g.n;
+    g.c.data = element(call.outputs[0], group * g.n);
     if (epilogue.bias != nullptr) g.epilogue.bias = epilogue.bias + group * g.n;
     gemm_parallel(call, g, workspace(call));
   }

@@ -38,7 +38,9 @@ int phase_taps(int64_t kernel, int64_t stride, int64_t padding, int64_t dilation
 
 void zero_phase(const Call& call, const Gemm& g) {
   parallel(call, g.m, 256, [&](int64_t begin, int64_t end, int) {
-    for (int64_t m = begin; m < end; ++m) zero_run(output_row(g.c, m), g.n);
+    with_elements(g.c.dtype, [&](auto zero) {
+      for (int64_t m = begin; m < end; ++m) zero_run(output_row<decltype(zero)>(g.c, m), g.n);
+    });
   });
 }
 
@@ -56,7 +58,8 @@ struct Phase {
 
 Phase::Phase(const Call& call, const Convolution& c, int64_t phase_h, int64_t phase_w) {
   Patches& p = patches;
-  p.image = call.inputs[0].as<float>();
+  p.dtype = call.inputs[0].dtype;
+  p.image = call.inputs[0].data;
   p.height = c.out_height, p.width = c.out_width, p.pitch = c.out_channels, p.channels = c.group_out();
   p.grid_height = divide_up(c.height - phase_h, c.stride[0]);
   p.grid_width = divide_up(c.width - phase_w, c.stride[1]);
@@ -72,11 +75,13 @@ Phase::Phase(const Call& call, const Convolution& c, int64_t phase_h, int64_t ph
     for (int s = 0; s < p.taps_w; ++s) offsets[r * p.taps_w + s] = (rows[r] * c.kernel_w + columns[s]) * g.n;
   }
   g.a.data = p.image;
+  g.a.dtype = p.dtype;
   g.a.stride = c.out_channels;
   if (!c.pointwise()) g.a.patches = &p;
   g.b.group_offsets = c.taps() == 1 ? nullptr : offsets;
   g.b.group_size = c.group_out();
   first_output = (phase_h * c.width + phase_w) * c.channels;
+  g.c.dtype = call.outputs[0].dtype;
   g.c.stride = c.channels * c.stride[1];
   g.c.grid_height = p.grid_height, g.c.grid_width = p.grid_width;
   g.c.row_pitch = c.channels * c.width * c.stride[0];
@@ -95,18 +100,17 @@ void for_phases(const Call& call, const Convolution& c, Body&& body) {
 
 void run_phase(const Call& call, const Convolution& c, Phase& phase) {
   Gemm& g = phase.gemm;
-  g.c.data = call.outputs[0].as<float>() + phase.first_output;
-  phase.patches.end = call.inputs[0].as<float>() + elements(call.inputs[0]);
+  const Tensor &ct = call.inputs[0], &dx = call.outputs[0];
+  phase.patches.end = element(ct, elements(ct));
   for (int64_t group = 0; group < c.groups; ++group) {
+    g.a.data = phase.patches.image = element(ct, group * c.group_out());
+    g.c.data = element(dx, phase.first_output + group * g.n);
     if (g.k == 0) {
       zero_phase(call, g);
     } else {
       set_weight(call.inputs[1], group * c.group_out(), c.taps() * g.n, &g.b);
       gemm_parallel(call, g, workspace(call));
     }
-    phase.patches.image += c.group_out();
-    g.a.data += c.group_out();
-    g.c.data += g.n;
   }
 }
 

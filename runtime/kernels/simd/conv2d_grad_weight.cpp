@@ -21,12 +21,13 @@ Convolution describe(const Call& call) {
 }
 
 // The product of a group, without its data.
-Gemm product(const Convolution& c) {
+Gemm product(const Call& call, const Convolution& c) {
   Gemm g;
   g.m = c.group_out();
   g.n = c.taps() * c.group_in();
   g.k = c.batch * c.out_height * c.out_width;
   g.a.transposed = true;
+  g.a.dtype = call.inputs[1].dtype;
   g.a.stride = c.out_channels;
   g.b.stride = c.channels;
   g.c.stride = g.n;
@@ -39,7 +40,7 @@ bool accepts_conv2d_grad_weight(const Call& call) {
   const Convolution c = describe(call);
   if (!convolution_fits(call, c)) return false;
   if (c.depthwise()) return has_workspace(call, 0, kDepthwiseUnits * depthwise_floats(c));
-  return has_workspace(call, 0, gemm_scratch(product(c), thread_count(call)));
+  return has_workspace(call, 0, gemm_scratch(product(call, c), thread_count(call)));
 }
 
 Status run_conv2d_grad_weight(const Call& call) {
@@ -48,12 +49,11 @@ Status run_conv2d_grad_weight(const Call& call) {
     depthwise_grad_weight(call, c);
     return PK_OK;
   }
-  const float* x = call.inputs[0].as<float>();
-  Gemm g = product(c);
+  Gemm g = product(call, c);
   for (int64_t group = 0; group < c.groups; ++group) {
-    const Patches patches = c.patches(x, group);
-    g.a.data = call.inputs[1].as<float>() + group * g.m;
-    g.b.data = x + group * c.group_in();
+    const Patches patches = c.patches(call.inputs[0], group);
+    g.a.data = element(call.inputs[1], group * g.m);
+    g.b.set(call.inputs[0], group * c.group_in(), c.channels);
     if (!c.pointwise()) g.b.patches = &patches;
     g.c.data = call.outputs[0].as<float>() + group * g.m * g.n;
     gemm_parallel(call, g, workspace(call));

@@ -38,10 +38,11 @@ struct Convolution {
   void set_kernel(const Tensor& w) { kernel_h = w.dims[1], kernel_w = w.dims[2]; }
 
   // The patches that the outputs of one group read from x.
-  Patches patches(const float* x, int64_t group) const {
+  Patches patches(const Tensor& x, int64_t group) const {
     Patches p;
-    p.image = x + group * group_in();
-    p.end = x + batch * height * width * channels;
+    p.dtype = x.dtype;
+    p.image = element(x, group * group_in());
+    p.end = element(x, batch * height * width * channels);
     p.height = height, p.width = width, p.pitch = channels, p.channels = group_in();
     p.grid_height = out_height, p.grid_width = out_width;
     p.step_h = stride[0], p.step_w = stride[1];
@@ -53,7 +54,14 @@ struct Convolution {
   }
 };
 
+inline bool depthwise_dtypes_fit(const Call& call) {
+  const DType dtype = call.inputs[0].dtype;
+  if (is_half(call.inputs[1].dtype)) return call.inputs[1].dtype == dtype && is_f32(call.outputs[0]);
+  return call.outputs[0].dtype == dtype;
+}
+
 inline bool convolution_fits(const Call& call, const Convolution& c) {
+  if (c.depthwise() && !depthwise_dtypes_fit(call)) return false;
   for (int i = 0; i < call.input_count; ++i) {
     if (elements(call.inputs[i]) == 0) return false;
   }

@@ -12,9 +12,11 @@ namespace pockc {
 namespace POCKC_SIMD_NAMESPACE {
 namespace {
 
+// Of images of T.
+template <typename T>
 struct Row {
   int rows = 0;  // input rows that exist, with their weights
-  const float* x[kMaxTaps];
+  const T* x[kMaxTaps];
   const float* w[kMaxTaps];
   int taps = 0;
   int64_t offset[kMaxTaps];  // ascending
@@ -22,12 +24,13 @@ struct Row {
   bool adjacent = true;      // offset[s] = offset[0] + s and weight[s] = weight[0] + s * weight_step
   int64_t weight_step = 0;
   int64_t step = 1, width = 0, channels = 0;
-  float* out = nullptr;
+  T* out = nullptr;
   int64_t out_step = 0, count = 0;
   const Epilogue* epilogue = nullptr;
 };
 
-POCKC_INLINE void finish(const Row& row, vf sum, int64_t i, int64_t c, int64_t valid) {
+template <typename T>
+POCKC_INLINE void finish(const Row<T>& row, vf sum, int64_t i, int64_t c, int64_t valid) {
   const Epilogue& e = *row.epilogue;
   if (e.bias != nullptr) sum += load_n(e.bias + c, valid);
   if (e.activation == kClip) sum = clip(sum, splat(e.low), splat(e.high));
@@ -35,7 +38,8 @@ POCKC_INLINE void finish(const Row& row, vf sum, int64_t i, int64_t c, int64_t v
 }
 
 // Output i, any taps, with a test per tap: kernels without a fast path.
-void single_output(const Row& row, int64_t i) {
+template <typename T>
+void single_output(const Row<T>& row, int64_t i) {
   const int64_t position = i * row.step;
   int first = 0, end = row.taps;
   while (first < end && position + row.offset[first] < 0) ++first;
@@ -55,8 +59,8 @@ void single_output(const Row& row, int64_t i) {
 // Outputs [i, i + Tile) of at least one whole vector of channels: the last vector may overlap the one before
 // it, and writes the same sums again. Where Edge is set, inputs outside of the image count as zero and
 // outputs past the end of the row are not stored.
-template <int Taps, int Step, int Tile, bool Edge>
-POCKC_INLINE void tile_outputs(const Row& row, int64_t i) {
+template <int Taps, int Step, int Tile, bool Edge, typename T>
+POCKC_INLINE void tile_outputs(const Row<T>& row, int64_t i) {
   constexpr int kInputs = (Tile - 1) * Step + Taps;
   const int64_t first = i * Step + row.offset[0];
   const int64_t channels = row.channels, weight_step = row.weight_step, weight_start = row.weight[0];
@@ -70,7 +74,7 @@ POCKC_INLINE void tile_outputs(const Row& row, int64_t i) {
     POCKC_UNROLL
     for (int t = 0; t < Tile; ++t) sum[t] = vf{};
     for (int r = 0; r < rows; ++r) {
-      const float* from = row.x[r] + first * channels + c;
+      const T* from = row.x[r] + first * channels + c;
       const float* w = row.w[r] + weight_start + c;
       vf x[kInputs];
       POCKC_UNROLL
@@ -89,8 +93,8 @@ POCKC_INLINE void tile_outputs(const Row& row, int64_t i) {
   }
 }
 
-template <int Taps, int Step, int Tile>
-void run_tiles(const Row& row) {
+template <int Taps, int Step, int Tile, typename T>
+void run_tiles(const Row<T>& row) {
   for (int64_t i = 0; i < row.count; i += Tile) {
     const int64_t first = i * Step + row.offset[0];
     if (first >= 0 && i + Tile <= row.count && first + (Tile - 1) * Step + Taps <= row.width) {
@@ -103,8 +107,8 @@ void run_tiles(const Row& row) {
 
 // The tile that wastes least: widths are mostly 7, 14, 28, ... or multiples of 4. Each size is unrolled code
 // of its own, hence no more of them.
-template <int Taps, int Step>
-void run_row_fast(const Row& row) {
+template <int Taps, int Step, typename T>
+void run_row_fast(const Row<T>& row) {
   if (round_up(row.count, 7) <= round_up(row.count, 4)) {
     run_tiles<Taps, Step, 7>(row);
   } else {
@@ -112,7 +116,8 @@ void run_row_fast(const Row& row) {
   }
 }
 
-void run_row(const Row& row) {
+template <typename T>
+void run_row(const Row<T>& row) {
   const auto is = [&](int taps, int64_t step) {
     return row.adjacent && row.channels >= W && row.taps == taps && row.step == step;
   };
@@ -158,7 +163,8 @@ void repack_weights(const Convolution& c, const Tensor& weight, float* packed) {
   }
 }
 
-void finish_taps(Row* row) {
+template <typename T>
+void finish_taps(Row<T>* row) {
   row->weight_step = row->taps > 1 ? row->weight[1] - row->weight[0] : 0;
   for (int s = 1; s < row->taps; ++s) {
     row->adjacent = row->adjacent && row->offset[s] == row->offset[0] + s &&
@@ -171,10 +177,11 @@ int64_t row_grain(const Convolution& c, int64_t columns) {
 }
 
 // One row of the input gradient: all phases of its width.
+template <typename T>
 void grad_input_row(const Call& call, const Convolution& c, const float* packed, int64_t n, int64_t h) {
   static constexpr Epilogue kPlain;
-  const float* ct = call.inputs[0].as<float>();
-  Row row;
+  const T* ct = call.inputs[0].as<T>();
+  Row<T> row;
   for (int64_t r = c.kernel_h - 1; r >= 0; --r) {
     const int64_t shifted = h + c.padding[0] - r * c.dilation[0];
     if (shifted < 0 || shifted % c.stride[0] != 0 || shifted / c.stride[0] >= c.out_height) continue;
@@ -196,20 +203,15 @@ void grad_input_row(const Call& call, const Convolution& c, const float* packed,
     }
     finish_taps(&row);
     row.count = divide_up(c.width - phase, c.stride[1]);
-    row.out = call.outputs[0].as<float>() + ((n * c.height + h) * c.width + phase) * c.channels;
+    row.out = call.outputs[0].as<T>() + ((n * c.height + h) * c.width + phase) * c.channels;
     run_row(row);
   }
 }
 
-}  // namespace
-
-int64_t depthwise_floats(const Convolution& c) { return round_up(c.taps() * c.channels, 16); }
-
-void depthwise_forward(const Call& call, const Convolution& c, const Epilogue& epilogue) {
-  float* packed = workspace(call);
-  repack_weights(c, call.inputs[1], packed);
-  const float* x = call.inputs[0].as<float>();
-  Row shared;
+template <typename T>
+void forward(const Call& call, const Convolution& c, const Epilogue& epilogue, const float* packed) {
+  const T* x = call.inputs[0].as<T>();
+  Row<T> shared;
   shared.taps = static_cast<int>(c.kernel_w);
   for (int s = 0; s < shared.taps; ++s) {
     shared.offset[s] = s * c.dilation[1] - c.padding[2];
@@ -224,7 +226,7 @@ void depthwise_forward(const Call& call, const Convolution& c, const Epilogue& e
   shared.epilogue = &epilogue;
   const int64_t row_floats = c.out_width * c.channels;
   parallel(call, c.batch * c.out_height, row_grain(c, c.out_width), [&](int64_t begin, int64_t end, int) {
-    Row row = shared;
+    Row<T> row = shared;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = i / c.out_height;
       row.rows = 0;
@@ -234,20 +236,36 @@ void depthwise_forward(const Call& call, const Convolution& c, const Epilogue& e
         row.x[row.rows] = x + (n * c.height + y) * c.width * c.channels;
         row.w[row.rows++] = packed + r * c.kernel_w * c.channels;
       }
-      row.out = call.outputs[0].as<float>() + i * row_floats;
+      row.out = call.outputs[0].as<T>() + i * row_floats;
       run_row(row);
-      if (epilogue.activation > kClip) {
-        activate(row.out, row_floats, static_cast<Activation>(epilogue.activation));
+      if constexpr (std::is_same_v<T, float>) {  // halves are not accepted with these: they would be rounded
+                                                 // twice
+        if (epilogue.activation > kClip) {
+          activate(row.out, row_floats, static_cast<Activation>(epilogue.activation));
+        }
       }
     }
   });
+}
+
+}  // namespace
+
+int64_t depthwise_floats(const Convolution& c) { return round_up(c.taps() * c.channels, 16); }
+
+void depthwise_forward(const Call& call, const Convolution& c, const Epilogue& epilogue) {
+  float* packed = workspace(call);
+  repack_weights(c, call.inputs[1], packed);
+  with_elements(call.inputs[0].dtype, [&](auto zero) { forward<decltype(zero)>(call, c, epilogue, packed); });
 }
 
 void depthwise_grad_input(const Call& call, const Convolution& c) {
   float* packed = workspace(call);
   repack_weights(c, call.inputs[1], packed);
   parallel(call, c.batch * c.height, row_grain(c, c.width), [&](int64_t begin, int64_t end, int) {
-    for (int64_t i = begin; i < end; ++i) grad_input_row(call, c, packed, i / c.height, i % c.height);
+    with_elements(call.inputs[0].dtype, [&](auto zero) {
+      for (int64_t i = begin; i < end; ++i)
+        grad_input_row<decltype(zero)>(call, c, packed, i / c.height, i % c.height);
+    });
   });
 }
 

@@ -19,15 +19,16 @@ template <int Taps>
 constexpr int kRowsAtOnce = Taps <= 3 ? 3 : 2;
 #endif
 
+template <typename T>
 struct RowPair {
-  const float* ct;
-  const float* x[kMaxTaps];  // input row of each tap row, null where it lies outside
-  float* sums;               // [tap][channel]
+  const T* ct;
+  const T* x[kMaxTaps];  // input row of each tap row, null where it lies outside
+  float* sums;           // [tap][channel]
 };
 
 // sums[(r0 .. r0 + Rows) x taps] += chain over the columns of one row.
-template <int Rows, int Taps>
-POCKC_INLINE void add_row(const Convolution& conv, const RowPair& pair, int64_t r0) {
+template <int Rows, int Taps, typename T>
+POCKC_INLINE void add_row(const Convolution& conv, const RowPair<T>& pair, int64_t r0) {
   const int64_t channels = conv.channels, stride = conv.stride[1], dilation = conv.dilation[1];
   // Columns whose taps are all inside; the others test each tap.
   const int64_t low = minimum(conv.out_width, divide_up(maximum<int64_t>(conv.padding[2], 0), stride));
@@ -78,8 +79,8 @@ POCKC_INLINE void add_row(const Convolution& conv, const RowPair& pair, int64_t 
   });
 }
 
-template <int Taps>
-void add_rows(const Convolution& conv, const RowPair& pair) {
+template <int Taps, typename T>
+void add_rows(const Convolution& conv, const RowPair<T>& pair) {
   constexpr int kRows = kRowsAtOnce<Taps>;
   for (int64_t r = 0; r < conv.kernel_h;) {
     bool together = r + kRows <= conv.kernel_h;
@@ -95,7 +96,8 @@ void add_rows(const Convolution& conv, const RowPair& pair) {
 }
 
 // Any kernel width: one tap at a time.
-void add_taps(const Convolution& conv, const RowPair& pair) {
+template <typename T>
+void add_taps(const Convolution& conv, const RowPair<T>& pair) {
   const int64_t channels = conv.channels;
   for (int64_t r = 0; r < conv.kernel_h; ++r) {
     if (pair.x[r] == nullptr) continue;
@@ -115,17 +117,18 @@ void add_taps(const Convolution& conv, const RowPair& pair) {
   }
 }
 
+template <typename T>
 void add_unit(const Call& call, const Convolution& conv, int64_t begin, int64_t end, float* sums) {
   zero_run(sums, conv.taps() * conv.channels);
-  RowPair pair;
+  RowPair<T> pair;
   pair.sums = sums;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t n = i / conv.out_height;
     const int64_t top = (i - n * conv.out_height) * conv.stride[0] - conv.padding[0];
-    pair.ct = call.inputs[1].as<float>() + i * conv.out_width * conv.channels;
+    pair.ct = call.inputs[1].as<T>() + i * conv.out_width * conv.channels;
     for (int64_t r = 0; r < conv.kernel_h; ++r) {
       const int64_t y = top + r * conv.dilation[0];
-      const float* x = call.inputs[0].as<float>() + (n * conv.height + y) * conv.width * conv.channels;
+      const T* x = call.inputs[0].as<T>() + (n * conv.height + y) * conv.width * conv.channels;
       pair.x[r] = y < 0 || y >= conv.height ? nullptr : x;
     }
     if (conv.kernel_w == 3) {
@@ -145,9 +148,12 @@ void depthwise_grad_weight(const Call& call, const Convolution& conv) {
   const int64_t rows = conv.batch * conv.out_height;
   float* sums = workspace(call);
   parallel(call, kDepthwiseUnits, 1, [&](int64_t begin, int64_t end, int) {
-    for (int64_t u = begin; u < end; ++u) {
-      add_unit(call, conv, rows * u / kDepthwiseUnits, rows * (u + 1) / kDepthwiseUnits, sums + u * size);
-    }
+    with_elements(call.inputs[0].dtype, [&](auto zero) {
+      for (int64_t u = begin; u < end; ++u) {
+        const int64_t first = rows * u / kDepthwiseUnits, stop = rows * (u + 1) / kDepthwiseUnits;
+        add_unit<decltype(zero)>(call, conv, first, stop, sums + u * size);
+      }
+    });
   });
   float* dw = call.outputs[0].as<float>();
   for (int64_t channel = 0; channel < conv.channels; ++channel) {

@@ -1,23 +1,26 @@
 // Unary operators, and gradients of activations (ct times a slope): one pass, output element i depends on
 // input element i alone, so the output may be an operand.
 #include "simd/attributes.h"
+#include "simd/halves.h"
 #include "simd/math.h"
 
 namespace pockc {
 namespace POCKC_SIMD_NAMESPACE {
 namespace {
 
+// Floats, or halves of one dtype.
 bool float_call(const Call& call) {
+  const Tensor& out = call.outputs[0];
   for (int i = 0; i < call.input_count; ++i) {
-    if (!is_f32(call.inputs[i]) || !same_shape(call.inputs[i], call.outputs[0])) return false;
+    if (call.inputs[i].dtype != out.dtype || !same_shape(call.inputs[i], out)) return false;
   }
-  return elements(call.outputs[0]) > 0;
+  return (is_f32(out) || is_half(out.dtype)) && elements(out) > 0;
 }
 
-template <typename F>
-Status map(const Call& call, F function) {
-  const float* x = call.inputs[0].as<float>();
-  float* out = call.outputs[0].as<float>();
+template <typename T, typename F>
+Status map_of(const Call& call, F function) {
+  const T* x = call.inputs[0].as<T>();
+  T* out = call.outputs[0].as<T>();
   parallel(call, elements(call.outputs[0]), kElementGrain, [&](int64_t begin, int64_t end, int) {
     for_vectors(begin, end, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
       store_n(out + i, function(load_n(x + i, valid)), valid);
@@ -27,16 +30,28 @@ Status map(const Call& call, F function) {
 }
 
 template <typename F>
-Status map_gradient(const Call& call, F slope) {
-  const float* ct = call.inputs[0].as<float>();
-  const float* x = call.inputs[1].as<float>();
-  float* out = call.outputs[0].as<float>();
+Status map(const Call& call, F function) {
+  return with_elements(call.outputs[0].dtype,
+                       [&](auto zero) { return map_of<decltype(zero)>(call, function); });
+}
+
+template <typename T, typename F>
+Status map_gradient_of(const Call& call, F slope) {
+  const T* ct = call.inputs[0].as<T>();
+  const T* x = call.inputs[1].as<T>();
+  T* out = call.outputs[0].as<T>();
   parallel(call, elements(call.outputs[0]), kElementGrain, [&](int64_t begin, int64_t end, int) {
     for_vectors(begin, end, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
       store_n(out + i, load_n(ct + i, valid) * slope(load_n(x + i, valid)), valid);
     });
   });
   return PK_OK;
+}
+
+template <typename F>
+Status map_gradient(const Call& call, F slope) {
+  return with_elements(call.outputs[0].dtype,
+                       [&](auto zero) { return map_gradient_of<decltype(zero)>(call, slope); });
 }
 
 }  // namespace
@@ -93,7 +108,8 @@ Status run_clip(const Call& call) {
 bool accepts_copy(const Call&) { return true; }
 Status run_copy(const Call& call) {
   constexpr int64_t kSizes[] = {4, 8, 4, 1, 1};
-  const int64_t size = kSizes[static_cast<int>(call.inputs[0].dtype)];
+  const DType dtype = call.inputs[0].dtype;
+  const int64_t size = is_half(dtype) ? 2 : kSizes[static_cast<int>(dtype)];
   const char* from = call.inputs[0].as<char>();
   char* to = call.outputs[0].as<char>();
   if (from == to) return PK_OK;

@@ -109,6 +109,12 @@ struct LeftPanel {
 // Rows that lie a multiple of 4 KiB apart share cache sets: more of them than ways would evict each other.
 bool conflicts(int64_t stride) { return stride % 1024 == 0; }
 
+template <typename T>
+void copy_rows(const LeftMatrix& a, int64_t m0, int rows, int64_t k0, int64_t depth, float* copy) {
+  const T* data = static_cast<const T*>(a.data) + m0 * a.stride + k0;
+  for (int i = 0; i < rows; ++i) copy_run(copy + i * (depth + kPadding), data + i * a.stride, depth);
+}
+
 LeftPanel prepare_left(const Gemm& gemm, int64_t m0, int rows, int64_t k0, int64_t depth, float* copy) {
   const LeftMatrix& a = gemm.a;
   const int64_t stride = depth + kPadding;
@@ -119,13 +125,11 @@ LeftPanel prepare_left(const Gemm& gemm, int64_t m0, int rows, int64_t k0, int64
       copy_patch(*a.patches, at, first, depth, copy + i * stride);
     return {copy, stride, true};
   }
-  if (!a.transposed) {
-    const float* data = a.data + m0 * a.stride + k0;
-    if (!conflicts(a.stride)) return {data, a.stride, true};
-    for (int i = 0; i < rows; ++i) copy_run(copy + i * stride, data + i * a.stride, depth);
-    return {copy, stride, true};
-  }
-  return {a.data + k0 * a.stride + m0, a.stride, false};
+  const float* data = static_cast<const float*>(a.data);
+  if (a.transposed) return {data + k0 * a.stride + m0, a.stride, false};
+  if (!is_half(a.dtype) && !conflicts(a.stride)) return {data + m0 * a.stride + k0, a.stride, true};
+  with_elements(a.dtype, [&](auto zero) { copy_rows<decltype(zero)>(a, m0, rows, k0, depth, copy); });
+  return {copy, stride, true};
 }
 
 // Panels of a transposed A that are copied together: a step of k is one or two cache lines, of which a panel
@@ -136,21 +140,23 @@ constexpr int64_t kPanelsTogether = kMaxRows / kPanelWidth;
 // A panel that is used for few tiles is read where it lies.
 bool is_transposed_copied(const LeftMatrix& a, int64_t columns) {
   if (!a.transposed || a.patches != nullptr) return false;
-  return conflicts(a.stride) || columns > 2 * kTileColumns;
+  return is_half(a.dtype) || conflicts(a.stride) || columns > 2 * kTileColumns;
 }
 
-// The panels `first` to `end` of the rows [m0, m1), each [k][kPanelWidth].
+// The panels `first` to `end` of the rows [m0, m1), each [k][kPanelWidth], of a matrix of T.
+template <typename T>
 void copy_transposed(const Gemm& gemm, const RowSplit& split, int64_t first, int64_t end, int64_t k0,
                      int64_t depth, float* copy) {
   const LeftMatrix& a = gemm.a;
   // Whole vectors where the matrix goes on: what lies beyond the rows of a panel is never used.
-  const float* limit = a.data + (gemm.k - 1) * a.stride + gemm.m;
+  const T* data = static_cast<const T*>(a.data);
+  const T* limit = data + (gemm.k - 1) * a.stride + gemm.m;
   int64_t row[kPanelsTogether] = {};
   for (int64_t p = first; p < end; ++p) row[p - first] = split.begin(p);
   for (int64_t k = 0; k < depth; ++k) {
-    const float* line = a.data + (k0 + k) * a.stride;
+    const T* line = data + (k0 + k) * a.stride;
     for (int64_t p = 0; p < end - first; ++p) {
-      const float* from = line + row[p];
+      const T* from = line + row[p];
       float* to = copy + (p * depth + k) * kPanelWidth;
       for (int64_t i = 0; i < kPanelWidth; i += W) {
         const int64_t left = limit - (from + i);
@@ -237,7 +243,8 @@ void multiply_panel(const Gemm& gemm, const LeftPanel& left, const Block& block,
   for (int64_t n = 0, index = 0; n < columns; n += kTileColumns, ++index) {
     tile.b = block.panel[index];
     tile.b_stride = block.stride[index];
-    tile.column = tile.bias_column = n0 + n;
+    tile.column = n0 + n - gemm.c.first_column;
+    tile.bias_column = n0 + n;
     tile.columns = minimum<int64_t>(columns - n, kTileColumns);
     if (left_ahead != nullptr) left_ahead->advance();
     if (right_ahead != nullptr) right_ahead->advance();
@@ -245,13 +252,14 @@ void multiply_panel(const Gemm& gemm, const LeftPanel& left, const Block& block,
   }
   if (!tile.last || gemm.epilogue.activation <= kClip) return;
   for (int i = 0; i < rows; ++i)
-    activate(c[i] + n0, columns, static_cast<Activation>(gemm.epilogue.activation));
+    activate(c[i] + n0 - gemm.c.first_column, columns, static_cast<Activation>(gemm.epilogue.activation));
 }
 
 // Rows [row, end) of A from k0 on, or of a transposed A the parts that belong to them.
 Ahead ahead_of_left(const LeftMatrix& a, int64_t row, int64_t end, int64_t k0, int64_t depth, int64_t tiles) {
-  if (a.transposed) return {a.data + k0 * a.stride + row, a.stride, end - row, depth, tiles};
-  return {a.data + row * a.stride + k0, a.stride, depth, end - row, tiles};
+  const float* data = static_cast<const float*>(a.data);
+  if (a.transposed) return {data + k0 * a.stride + row, a.stride, end - row, depth, tiles};
+  return {data + row * a.stride + k0, a.stride, depth, end - row, tiles};
 }
 
 // Whether the next block of B in depth, from row k on, lies as a whole in memory and is small enough to be in
@@ -268,7 +276,8 @@ void multiply_block(const Gemm& gemm, const RowSplit& split, int64_t k0, int64_t
   const int64_t tiles = divide_up(columns, kTileColumns);
   // Panels of A that are copied before they are used; 0: see prepare_left.
   const int64_t together = is_transposed_copied(gemm.a, columns) ? kPanelsTogether : 0;
-  const bool asks = tiles >= Ahead::kLeastTiles && depth >= kPrefetchDepth && gemm.a.patches == nullptr;
+  const bool asks = tiles >= Ahead::kLeastTiles && depth >= kPrefetchDepth && gemm.a.patches == nullptr &&
+                    !is_half(gemm.a.dtype);
   Ahead right_ahead;
   if (tiles >= Ahead::kLeastTiles && has_next_right(gemm, k0 + depth, columns)) {
     const RightMatrix& b = gemm.b;
@@ -282,8 +291,12 @@ void multiply_block(const Gemm& gemm, const RowSplit& split, int64_t k0, int64_t
     const int rows = static_cast<int>(next - row);
     LeftPanel left;
     if (together > 0) {
-      if (place == 0)
-        copy_transposed(gemm, split, p, minimum(split.panels, p + together), k0, depth, scratch);
+      if (place == 0) {
+        const int64_t end = minimum(split.panels, p + together);
+        with_elements(gemm.a.dtype, [&](auto zero) {
+          copy_transposed<decltype(zero)>(gemm, split, p, end, k0, depth, scratch);
+        });
+      }
       left = {scratch + place * depth * kPanelWidth, kPanelWidth, false};
       place = place + 1 < together ? place + 1 : 0;
     } else {
@@ -320,7 +333,9 @@ int64_t rows_each(const Gemm& gemm, int threads) {
 
 }  // namespace
 
-bool is_copied(const LeftMatrix& a) { return a.patches != nullptr || a.transposed || conflicts(a.stride); }
+bool is_copied(const LeftMatrix& a) {
+  return a.patches != nullptr || a.transposed || is_half(a.dtype) || conflicts(a.stride);
+}
 
 // In place, up to 512 rows x kDepth floats are read again from the second-level cache. Copying costs one
 // column's worth of time per block, or more; there the limits are lower.
@@ -329,23 +344,28 @@ int64_t block_columns(int64_t rows, bool copied) {
   return rows <= 64 ? 48 : rows <= 256 ? 96 : rows <= 512 ? 192 : kColumns;
 }
 
-int64_t part_scratch(int64_t rows, int64_t n, int64_t k, bool copied) {
+int64_t part_scratch(int64_t rows, int64_t n, int64_t k, bool copied, bool narrowed) {
   const int64_t columns = minimum(round_up(n, 16), block_columns(rows, copied));
-  return round_up(left_scratch(k, copied) + minimum(k, kDepth) * columns, 16);
+  const int64_t sums = narrowed ? minimum(rows, kSumFloats / columns) * columns : 0;
+  return round_up(left_scratch(k, copied) + minimum(k, kDepth) * columns, 16) + round_up(sums, 16);
 }
 
 int64_t gemm_scratch(const Gemm& gemm, int threads) {
   const bool copied = is_copied(gemm.a);
-  int64_t most = part_scratch(gemm.m, gemm.n, gemm.k, copied);
+  const bool narrowed = is_half(gemm.c.dtype);
+  int64_t most = part_scratch(gemm.m, gemm.n, gemm.k, copied, narrowed);
   if (!is_threaded(gemm, threads)) return most;
   for (int count = 2; count <= threads; ++count) {
-    most = maximum(most, count * part_scratch(rows_each(gemm, count), gemm.n, gemm.k, copied));
+    most = maximum(most, count * part_scratch(rows_each(gemm, count), gemm.n, gemm.k, copied, narrowed));
   }
   return most;
 }
 
-void gemm_part(const Gemm& gemm, int64_t m0, int64_t m1, int64_t n0, int64_t n1, int64_t block,
-               float* scratch) {
+namespace {
+
+// A part of a C of floats.
+void multiply_part(const Gemm& gemm, int64_t m0, int64_t m1, int64_t n0, int64_t n1, int64_t block,
+                   float* scratch) {
   const RowSplit split(m0, m1);
   // Few rows: B is used so seldom that copying it does not pay, and the weights are streamed once.
   const bool direct = split.panels <= 2 && !gemm.b.transposed && gemm.b.patches == nullptr &&
@@ -363,6 +383,56 @@ void gemm_part(const Gemm& gemm, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
   }
 }
 
+template <typename Half>
+void narrow_rows(const OutputMatrix& c, const OutputMatrix& sums, int64_t m0, int64_t m1, int64_t n0,
+                 int64_t columns) {
+  for (int64_t m = m0; m < m1; ++m) {
+    const float* from = output_row(sums, m);
+    Half* to = output_row<Half>(c, m) + n0;
+    for_vectors(0, columns, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
+      store_n(to + i, load_n(from + i, valid), valid);
+    });
+  }
+}
+
+// A part of a C of halves, in blocks of floats that are then rounded.
+void multiply_narrowed(const Gemm& gemm, int64_t m0, int64_t m1, int64_t n0, int64_t n1, int64_t block,
+                       float* scratch) {
+  const int64_t most = minimum(round_up(gemm.n, 16), block);
+  const int64_t step = most / kTileColumns > 0 ? most / kTileColumns * kTileColumns : most;
+  const int64_t rows = minimum(m1 - m0, kSumFloats / most);
+  Gemm part = gemm;
+  part.c = OutputMatrix();
+  part.c.data = scratch;
+  for (int64_t n = n0; n < n1; n += step) {
+    const int64_t columns = minimum(step, n1 - n);
+    part.c.first_column = n;
+    part.c.stride = columns;
+    for (int64_t m = m0; m < m1; m += rows) {
+      const int64_t end = minimum(m1, m + rows);
+      part.c.first_row = m;
+      multiply_part(part, m, end, n, n + columns, block, scratch + round_up(rows * most, 16));
+      if (gemm.c.dtype == DType::kF16) {
+        narrow_rows<F16>(gemm.c, part.c, m, end, n, columns);
+      } else {
+        narrow_rows<B16>(gemm.c, part.c, m, end, n, columns);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void gemm_part(const Gemm& gemm, int64_t m0, int64_t m1, int64_t n0, int64_t n1, int64_t block,
+               float* scratch) {
+  if (m0 == m1 || n0 == n1) return;
+  if (is_half(gemm.c.dtype)) {
+    multiply_narrowed(gemm, m0, m1, n0, n1, block, scratch);
+  } else {
+    multiply_part(gemm, m0, m1, n0, n1, block, scratch);
+  }
+}
+
 void gemm_alone(const Gemm& gemm, float* scratch) {
   gemm_part(gemm, 0, gemm.m, 0, gemm.n, block_columns(gemm.m, is_copied(gemm.a)), scratch);
 }
@@ -375,7 +445,7 @@ void gemm_parallel(const Call& call, const Gemm& gemm, float* scratch) {
   }
   const bool copied = is_copied(gemm.a);
   const int64_t rows = rows_each(gemm, threads), block = block_columns(rows, copied);
-  const int64_t each = part_scratch(rows, gemm.n, gemm.k, copied);
+  const int64_t each = part_scratch(rows, gemm.n, gemm.k, copied, is_half(gemm.c.dtype));
   if (splits_rows(gemm)) {
     parallel(call, gemm.m, kTileRows, [&](int64_t begin, int64_t end, int thread) {
       gemm_part(gemm, begin, end, 0, gemm.n, block, scratch + thread * each);

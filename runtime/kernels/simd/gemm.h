@@ -12,6 +12,9 @@
 // a thread with few rows takes narrow blocks: that costs no time, and the scratch memory of a small product
 // stays small. Who does how much follows from shapes and thread count alone, so that the planner knows it.
 //
+// 16-bit operands are converted to floats while they are copied or packed. A C of halves is computed in
+// blocks of at most kSumFloats floats in scratch memory, which are then rounded, whatever the depth.
+//
 // Bits. Per output element: k ascending in one chain of fma within each kDepth block, blocks added in order,
 // then bias. Neither tile shape nor thread count enters.
 #ifndef POCKC_SIMD_GEMM_H_
@@ -29,11 +32,14 @@ constexpr int64_t kDepth = 256;    // part of the result's definition: the same 
 constexpr int64_t kColumns = 384;  // most columns of a block: kDepth x kColumns floats are 384 KiB
 constexpr int64_t kThreadedWork = 256 * 1024;  // multiply-adds; waking threads costs more than half of less
 constexpr int kMaxRows = 16;                   // no tile has more rows
+constexpr int64_t kSumFloats =
+    64 * 1024;  // of a C of halves that wait to be rounded: in the second-level cache
 constexpr int64_t kPadding =
     16;  // floats after each copied row of A: against cache set conflicts, and for kOverrun
 
 struct LeftMatrix {
-  const float* data = nullptr;
+  const void* data = nullptr;
+  DType dtype = DType::kF32;  // floats, or halves, which are copied to floats before they are used
   int64_t stride = 0;
   bool transposed = false;           // (m, k) is data[m * stride + k], or data[k * stride + m]
   const Patches* patches = nullptr;  // instead of data
@@ -49,22 +55,42 @@ struct RightMatrix {
   const int64_t* group_offsets = nullptr;
   int64_t group_size = 0;
   CompactRows compact;  // instead of data and stride, where its data is not null: decoded while B is packed
+
+  // The matrix at element `index` of a tensor of floats or halves.
+  void set(const Tensor& tensor, int64_t index, int64_t row_stride) {
+    stride = row_stride;
+    if (!is_half(tensor.dtype)) {
+      data = static_cast<const float*>(element(tensor, index));
+      return;
+    }
+    compact.data = static_cast<const uint8_t*>(element(tensor, index));
+    compact.dtype = tensor.dtype;
+    compact.stride = row_stride * element_bytes(tensor.dtype);
+  }
 };
 
 struct OutputMatrix {
-  float* data = nullptr;
+  void* data = nullptr;
+  DType dtype =
+      DType::kF32;  // floats, or halves: then sums wait in scratch memory as floats, and are rounded once
   int64_t stride = 0;
+  int64_t first_row = 0, first_column = 0;  // of C, at data: where it holds a part
   // Rows on a grid of image positions (one phase of a strided convolution's input gradient): row m = (image,
   // y, x) is at image * image_pitch + y * row_pitch + x * stride. grid_width 0: plain.
   int64_t grid_height = 0, grid_width = 0;
   int64_t image_pitch = 0, row_pitch = 0;
 };
 
-inline float* output_row(const OutputMatrix& c, int64_t m) {
-  if (c.grid_width == 0) return c.data + m * c.stride;
+// In elements from data.
+inline int64_t output_offset(const OutputMatrix& c, int64_t m) {
+  if (c.grid_width == 0) return (m - c.first_row) * c.stride;
   const int64_t x = m % c.grid_width;
   const int64_t y = m / c.grid_width % c.grid_height;
-  return c.data + m / (c.grid_width * c.grid_height) * c.image_pitch + y * c.row_pitch + x * c.stride;
+  return m / (c.grid_width * c.grid_height) * c.image_pitch + y * c.row_pitch + x * c.stride;
+}
+template <typename T = float>
+T* output_row(const OutputMatrix& c, int64_t m) {
+  return static_cast<T*>(c.data) + output_offset(c, m);
 }
 
 struct Epilogue {
@@ -86,9 +112,9 @@ struct Gemm {
 bool is_copied(const LeftMatrix& a);
 // Columns of one block where a thread has that many rows.
 int64_t block_columns(int64_t rows, bool copied);
-// Scratch floats for one thread (a multiple of 16): never less for more rows, or for a copied A. This, and
-// what follows, is the same for every instruction set.
-int64_t part_scratch(int64_t rows, int64_t n, int64_t k, bool copied);
+// Scratch floats for one thread (a multiple of 16): never less for more rows, for a copied A, or for a C that
+// is narrowed. This, and what follows, is the same for every instruction set.
+int64_t part_scratch(int64_t rows, int64_t n, int64_t k, bool copied, bool narrowed = false);
 // Scratch floats of gemm_parallel on that many threads: never less for more of them.
 int64_t gemm_scratch(const Gemm& gemm, int threads);
 

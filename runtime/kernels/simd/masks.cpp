@@ -2,6 +2,7 @@
 // sixteen, so that no two threads write one byte.
 #include "simd/attributes.h"
 #include "simd/bits.h"
+#include "simd/halves.h"
 #include "simd/math.h"
 
 namespace pockc {
@@ -19,10 +20,10 @@ void for_sixteens(const Call& call, int64_t count, const F& function) {
   });
 }
 
-template <bool Inclusive>
+template <bool Inclusive, typename T>
 Status range_mask(const Call& call, float low, float high) {
   const vi any_low = splat_int(low == -kInfinity ? -1 : 0), any_high = splat_int(high == kInfinity ? -1 : 0);
-  const float* x = call.inputs[0].as<float>();
+  const T* x = call.inputs[0].as<T>();
   uint8_t* mask = call.outputs[0].as<uint8_t>();
   for_sixteens(call, elements(call.inputs[0]), [=](int64_t first, int64_t count) POCKC_LAMBDA {
     uint32_t bits = 0;
@@ -39,23 +40,12 @@ Status range_mask(const Call& call, float low, float high) {
   return PK_OK;
 }
 
-}  // namespace
-
-bool accepts_range_mask(const Call& call) { return is_f32(call.inputs[0]) && elements(call.inputs[0]) > 0; }
-
-Status run_range_mask(const Call& call) {
-  Attributes attributes(call);
-  const float low = attributes.real(), high = attributes.real();
-  return attributes.boolean() ? range_mask<true>(call, low, high) : range_mask<false>(call, low, high);
-}
-
-bool accepts_apply_mask(const Call& call) { return elements(call.inputs[0]) > 0; }
-
-Status run_apply_mask(const Call& call) {
+template <typename T>
+Status apply_mask(const Call& call) {
   const vf scale = splat(Attributes(call).real());
-  const float* x = call.inputs[0].as<float>();
+  const T* x = call.inputs[0].as<T>();
   const uint8_t* mask = call.inputs[1].as<uint8_t>();
-  float* out = call.outputs[0].as<float>();
+  T* out = call.outputs[0].as<T>();
   for_sixteens(call, elements(call.outputs[0]), [=](int64_t first, int64_t count) POCKC_LAMBDA {
     uint32_t bits = mask[first / 8];
     if (count > 8) bits |= static_cast<uint32_t>(mask[first / 8 + 1]) << 8;
@@ -65,6 +55,28 @@ Status run_apply_mask(const Call& call) {
     });
   });
   return PK_OK;
+}
+
+}  // namespace
+
+bool accepts_range_mask(const Call& call) { return elements(call.inputs[0]) > 0; }
+
+Status run_range_mask(const Call& call) {
+  Attributes attributes(call);
+  const float low = attributes.real(), high = attributes.real();
+  const bool inclusive = attributes.boolean();
+  return with_elements(call.inputs[0].dtype, [&](auto zero) {
+    using T = decltype(zero);
+    return inclusive ? range_mask<true, T>(call, low, high) : range_mask<false, T>(call, low, high);
+  });
+}
+
+bool accepts_apply_mask(const Call& call) {
+  return call.inputs[0].dtype == call.outputs[0].dtype && elements(call.inputs[0]) > 0;
+}
+
+Status run_apply_mask(const Call& call) {
+  return with_elements(call.inputs[0].dtype, [&](auto zero) { return apply_mask<decltype(zero)>(call); });
 }
 
 }  // namespace POCKC_SIMD_NAMESPACE

@@ -29,15 +29,16 @@ Product describe(const Call& call) {
   g.n = out.dims[out.rank - 1];
   g.k = a.dims[a.rank - (g.a.transposed ? 2 : 1)];
   g.a.stride = last_dim(a);
-  g.b.stride = last_dim(b);
   g.c.stride = g.n;
-  g.a.data = a.as<float>();
+  g.a.data = a.data;
+  g.a.dtype = a.dtype;
   if (is_compact(b.dtype)) {
     g.b.compact = compact_rows(b);
   } else {
-    g.b.data = b.as<float>();
+    g.b.set(b, 0, last_dim(b));
   }
-  g.c.data = out.as<float>();
+  g.c.data = out.data;
+  g.c.dtype = out.dtype;
   if (call.input_count > 2) g.epilogue.bias = call.inputs[2].as<float>();
   for (int i = 0; i < out.rank - 2; ++i) product.batch *= out.dims[i];
   product.flat = b.rank == 2 && a.rank == out.rank && !g.a.transposed;
@@ -65,14 +66,16 @@ int64_t batch_index(const Tensor& t, const Tensor& out, int64_t batch) {
 
 Gemm batch_item(const Call& call, const Product& product, int64_t batch) {
   Gemm g = product.gemm;
-  g.a.data += batch_index(call.inputs[0], call.outputs[0], batch) * g.m * g.k;
-  if (g.b.compact.data == nullptr)
-    g.b.data += batch_index(call.inputs[1], call.outputs[0], batch) * g.k * g.n;
-  g.c.data += batch * g.m * g.n;
+  const Tensor &a = call.inputs[0], &b = call.inputs[1], &out = call.outputs[0];
+  g.a.data = element(a, batch_index(a, out, batch) * g.m * g.k);
+  if (!is_compact(b.dtype)) g.b.set(b, batch_index(b, out, batch) * g.k * g.n, g.b.stride);
+  g.c.data = element(out, batch * g.m * g.n);
   return g;
 }
 
-int64_t item_scratch(const Gemm& g) { return part_scratch(g.m, g.n, g.k, is_copied(g.a)); }
+int64_t item_scratch(const Gemm& g) {
+  return part_scratch(g.m, g.n, g.k, is_copied(g.a), is_half(g.c.dtype));
+}
 
 int64_t scratch(const Product& product, int threads) {
   const int64_t whole_items = minimum<int64_t>(threads, product.batch) * item_scratch(product.gemm);
@@ -84,7 +87,7 @@ int64_t scratch(const Product& product, int threads) {
 
 bool accepts_matmul(const Call& call) {
   const Product product = describe(call);
-  if (!is_f32(call.inputs[0]) || elements(call.outputs[0]) == 0 || product.gemm.k == 0) return false;
+  if (elements(call.outputs[0]) == 0 || product.gemm.k == 0) return false;
   return has_workspace(call, 0, scratch(product, thread_count(call)));
 }
 

@@ -6,6 +6,7 @@
 // A row's statistics are two passes of sixteen lanes each. The gamma gradient sums kUnits equal parts of the
 // rows, each in order into its own [C] in the workspace, and then those in order.
 #include "simd/attributes.h"
+#include "simd/halves.h"
 
 namespace pockc {
 namespace POCKC_SIMD_NAMESPACE {
@@ -19,8 +20,8 @@ struct Statistics {
 
 POCKC_INLINE float inverse_root(float x) { return 1.0f / __builtin_sqrtf(x); }
 
-template <bool Centred>
-POCKC_INLINE Statistics statistics(const float* x, int64_t n, float epsilon) {
+template <bool Centred, typename T>
+POCKC_INLINE Statistics statistics(const T* x, int64_t n, float epsilon) {
   const float count = static_cast<float>(n);
   float mean = 0;
   if (Centred) {
@@ -38,10 +39,10 @@ POCKC_INLINE Statistics statistics(const float* x, int64_t n, float epsilon) {
   return {mean, inverse_root(squares.sum() / count + epsilon)};
 }
 
-bool accepts(const Call& call) {
-  for (int i = 0; i < call.input_count; ++i) {
-    if (!is_f32(call.inputs[i])) return false;
-  }
+// The first `images` inputs, and the output unless it is a sum over rows, are of one dtype.
+bool accepts(const Call& call, int images, bool sums = false) {
+  const DType dtype = call.inputs[0].dtype;
+  if (call.inputs[images - 1].dtype != dtype || (!sums && call.outputs[0].dtype != dtype)) return false;
   return elements(call.inputs[0]) > 0;
 }
 
@@ -51,17 +52,17 @@ const float* optional_input(const Call& call, int index) {
 }
 int64_t row_grain(int64_t n) { return maximum<int64_t>(1, kElementGrain / n); }
 
-template <bool Centred>
+template <bool Centred, typename T>
 Status forward(const Call& call) {
-  const float* x = call.inputs[0].as<float>();
+  const T* x = call.inputs[0].as<T>();
   const float* gamma = optional_input(call, 1);
   const float* beta = optional_input(call, 2);
-  float* y = call.outputs[0].as<float>();
+  T* y = call.outputs[0].as<T>();
   const int64_t n = last_dim(call.inputs[0]), rows = elements(call.inputs[0]) / n;
   const float epsilon = epsilon_of(call);
   parallel(call, rows, row_grain(n), [&](int64_t begin, int64_t end, int) {
     for (int64_t row = begin; row < end; ++row) {
-      const float* from = x + row * n;
+      const T* from = x + row * n;
       const Statistics s = statistics<Centred>(from, n, epsilon);
       for_vectors(0, n, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
         vf v = (load_n(from + i, valid) - splat(s.mean)) * splat(s.scale);
@@ -74,18 +75,18 @@ Status forward(const Call& call) {
   return PK_OK;
 }
 
-template <bool Centred>
+template <bool Centred, typename T>
 Status grad_input(const Call& call) {
-  const float* ct = call.inputs[0].as<float>();
-  const float* x = call.inputs[1].as<float>();
+  const T* ct = call.inputs[0].as<T>();
+  const T* x = call.inputs[1].as<T>();
   const float* gamma = optional_input(call, 2);
-  float* dx = call.outputs[0].as<float>();
+  T* dx = call.outputs[0].as<T>();
   const int64_t n = last_dim(call.inputs[0]), rows = elements(call.inputs[0]) / n;
   const float epsilon = epsilon_of(call);
   parallel(call, rows, row_grain(n), [&](int64_t begin, int64_t end, int) {
     for (int64_t row = begin; row < end; ++row) {
-      const float* from = x + row * n;
-      const float* up = ct + row * n;
+      const T* from = x + row * n;
+      const T* up = ct + row * n;
       const Statistics s = statistics<Centred>(from, n, epsilon);
       const auto normalised = [&](int64_t i, int64_t valid) POCKC_LAMBDA {
         return (load_n(from + i, valid) - splat(s.mean)) * splat(s.scale);
@@ -112,13 +113,13 @@ Status grad_input(const Call& call) {
 }
 
 bool accepts_grad_gamma(const Call& call) {
-  return accepts(call) && has_workspace(call, 0, kUnits * round_up(last_dim(call.inputs[0]), 16));
+  return accepts(call, 2, true) && has_workspace(call, 0, kUnits * round_up(last_dim(call.inputs[0]), 16));
 }
 
-template <bool Centred>
+template <bool Centred, typename T>
 Status grad_gamma(const Call& call) {
-  const float* ct = call.inputs[0].as<float>();
-  const float* x = call.inputs[1].as<float>();
+  const T* ct = call.inputs[0].as<T>();
+  const T* x = call.inputs[1].as<T>();
   const int64_t n = last_dim(call.inputs[0]), rows = elements(call.inputs[0]) / n;
   const int64_t pitch = round_up(n, 16);
   const float epsilon = epsilon_of(call);
@@ -128,7 +129,7 @@ Status grad_gamma(const Call& call) {
       float* sums = units + u * pitch;
       for (int64_t i = 0; i < n; ++i) sums[i] = 0;
       for (int64_t row = rows * u / kUnits; row < rows * (u + 1) / kUnits; ++row) {
-        const float* from = x + row * n;
+        const T* from = x + row * n;
         const Statistics s = statistics<Centred>(from, n, epsilon);
         for_vectors(0, n, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
           const vf h = (load_n(from + i, valid) - splat(s.mean)) * splat(s.scale);
@@ -148,19 +149,18 @@ Status grad_gamma(const Call& call) {
 
 }  // namespace
 
-bool accepts_layer_norm(const Call& call) { return accepts(call); }
-Status run_layer_norm(const Call& call) { return forward<true>(call); }
-bool accepts_layer_norm_grad_input(const Call& call) { return accepts(call); }
-Status run_layer_norm_grad_input(const Call& call) { return grad_input<true>(call); }
-bool accepts_layer_norm_grad_gamma(const Call& call) { return accepts_grad_gamma(call); }
-Status run_layer_norm_grad_gamma(const Call& call) { return grad_gamma<true>(call); }
-
-bool accepts_rms_norm(const Call& call) { return accepts(call); }
-Status run_rms_norm(const Call& call) { return forward<false>(call); }
-bool accepts_rms_norm_grad_input(const Call& call) { return accepts(call); }
-Status run_rms_norm_grad_input(const Call& call) { return grad_input<false>(call); }
-bool accepts_rms_norm_grad_gamma(const Call& call) { return accepts_grad_gamma(call); }
-Status run_rms_norm_grad_gamma(const Call& call) { return grad_gamma<false>(call); }
+#define POCKC_NORM(op, accepted, function, centred)                                           \
+  bool accepts_##op(const Call& call) { return accepted; }                                    \
+  Status run_##op(const Call& call) {                                                         \
+    return with_elements(call.inputs[0].dtype,                                                \
+                         [&](auto zero) { return function<centred, decltype(zero)>(call); }); \
+  }
+POCKC_NORM(layer_norm, accepts(call, 1), forward, true)
+POCKC_NORM(layer_norm_grad_input, accepts(call, 2), grad_input, true)
+POCKC_NORM(layer_norm_grad_gamma, accepts_grad_gamma(call), grad_gamma, true)
+POCKC_NORM(rms_norm, accepts(call, 1), forward, false)
+POCKC_NORM(rms_norm_grad_input, accepts(call, 2), grad_input, false)
+POCKC_NORM(rms_norm_grad_gamma, accepts_grad_gamma(call), grad_gamma, false)
 
 }  // namespace POCKC_SIMD_NAMESPACE
 }  // namespace pockc

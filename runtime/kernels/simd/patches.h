@@ -5,7 +5,7 @@
 #ifndef POCKC_SIMD_PATCHES_H_
 #define POCKC_SIMD_PATCHES_H_
 
-#include "simd/simd.h"
+#include "simd/halves.h"
 
 namespace pockc {
 namespace POCKC_SIMD_NAMESPACE {
@@ -13,10 +13,11 @@ namespace POCKC_SIMD_NAMESPACE {
 constexpr int kMaxTaps = 32;  // per axis
 
 struct Patches {
-  const float* image = nullptr;  // at the first channel of the group
-  const float* end = nullptr;    // of the whole tensor: a run may be read past its own end, not past this
+  const void* image = nullptr;  // at the first channel of the group
+  const void* end = nullptr;    // of the whole tensor: a run may be read past its own end, not past this
+  DType dtype = DType::kF32;    // of its elements: floats or halves
   int64_t height = 0, width = 0;
-  int64_t pitch = 0;     // floats from one pixel to the next: all channels
+  int64_t pitch = 0;     // elements from one pixel to the next: all channels
   int64_t channels = 0;  // of the group
   int64_t grid_height = 0, grid_width = 0;
   int64_t step_h = 1, step_w = 1;
@@ -47,21 +48,22 @@ struct GridPosition {
   }
 };
 
-POCKC_INLINE void copy_run(float* to, const float* from, int64_t n) {
+template <typename T>
+POCKC_INLINE void copy_run(float* to, const T* from, int64_t n) {
   int64_t i = 0;
   for (; i + W <= n; i += W) store(to + i, load(from + i));
   if (i < n) store_partial(to + i, load_partial(from + i, n - i), n - i);
 }
-POCKC_INLINE void zero_run(float* to, int64_t n) {
-  int64_t i = 0;
-  for (; i + W <= n; i += W) store(to + i, vf{});
-  if (i < n) store_partial(to + i, vf{}, n - i);
+template <typename T>
+POCKC_INLINE void zero_run(T* to, int64_t n) {
+  for_vectors(0, n, [&](int64_t i, int64_t valid) POCKC_LAMBDA { store_n(to + i, vf{}, valid); });
 }
 
 // The same where up to W - 1 floats past the end may be overwritten: whole loads and stores are quicker than
 // partial ones, and runs are short where the image has few channels. Nothing is read at or past `limit`.
 constexpr int64_t kOverrun = 16;
-POCKC_INLINE void copy_run_loosely(float* to, const float* from, int64_t n, const float* limit) {
+template <typename T>
+POCKC_INLINE void copy_run_loosely(float* to, const T* from, int64_t n, const T* limit) {
   int64_t i = 0;
   for (; i + W <= n; i += W) store(to + i, load(from + i));
   if (i < n) store(to + i, limit - (from + i) >= W ? load(from + i) : load_partial(from + i, n - i));
@@ -78,9 +80,12 @@ struct PatchColumn {
       : r(k / (p.channels * p.taps_w)), inside(k - r * p.channels * p.taps_w) {}
 };
 
-// `count` columns, from `first` on, of the row at `at`. Up to kOverrun floats past them are overwritten.
-inline void copy_patch(const Patches& p, const GridPosition& at, PatchColumn first, int64_t count,
-                       float* to) {
+// `count` columns, from `first` on, of the row at `at`, of an image of T. Up to kOverrun floats past them are
+// overwritten.
+template <typename T>
+void copy_patch_of(const Patches& p, const GridPosition& at, PatchColumn first, int64_t count, float* to) {
+  const T* image = static_cast<const T*>(p.image);
+  const T* image_end = static_cast<const T*>(p.end);
   const int64_t row_depth = p.channels * p.taps_w;
   const int64_t x0 = at.w * p.step_w;
   const bool joined = p.rows_join && x0 + p.tap_w[0] >= 0 && x0 + p.tap_w[p.taps_w - 1] < p.width;
@@ -88,14 +93,14 @@ inline void copy_patch(const Patches& p, const GridPosition& at, PatchColumn fir
   int64_t inside = first.inside;
   while (count > 0) {
     const int64_t y = at.h * p.step_h + p.tap_h[r];
-    const float* line = p.image + (at.n * p.height + y) * p.width * p.pitch;
+    const T* line = image + (at.n * p.height + y) * p.width * p.pitch;
     const int64_t row_end = minimum(row_depth, inside + count);
     count -= row_end - inside;
     if (y < 0 || y >= p.height) {
       zero_run_loosely(to, row_end - inside);
       to += row_end - inside;
     } else if (joined) {
-      copy_run_loosely(to, line + (x0 + p.tap_w[0]) * p.pitch + inside, row_end - inside, p.end);
+      copy_run_loosely(to, line + (x0 + p.tap_w[0]) * p.pitch + inside, row_end - inside, image_end);
       to += row_end - inside;
     } else {
       int64_t s = inside / p.channels;
@@ -106,7 +111,7 @@ inline void copy_patch(const Patches& p, const GridPosition& at, PatchColumn fir
         if (x < 0 || x >= p.width) {
           zero_run_loosely(to, run);
         } else {
-          copy_run_loosely(to, line + x * p.pitch + c, run, p.end);
+          copy_run_loosely(to, line + x * p.pitch + c, run, image_end);
         }
         to += run;
         left -= run;
@@ -115,6 +120,11 @@ inline void copy_patch(const Patches& p, const GridPosition& at, PatchColumn fir
     inside = 0;
     ++r;
   }
+}
+
+inline void copy_patch(const Patches& p, const GridPosition& at, PatchColumn first, int64_t count,
+                       float* to) {
+  with_elements(p.dtype, [&](auto zero) { copy_patch_of<decltype(zero)>(p, at, first, count, to); });
 }
 
 }  // namespace POCKC_SIMD_NAMESPACE

@@ -1,6 +1,7 @@
 // Max and average pooling and their gradients, NHWC, vectorised over channels. The gradients gather: a pixel
 // of x asks every window that covers it, in ascending order, so threads take rows of x.
 #include "simd/attributes.h"
+#include "simd/halves.h"
 #include "simd/math.h"
 #include "simd/patches.h"
 
@@ -81,7 +82,10 @@ struct Pool {
   }
 };
 
-bool accepts(const Call& call) { return elements(call.inputs[0]) > 0 && elements(call.outputs[0]) > 0; }
+bool accepts(const Call& call) {
+  return call.inputs[0].dtype == call.outputs[0].dtype && elements(call.inputs[0]) > 0 &&
+         elements(call.outputs[0]) > 0;
+}
 
 // f(image, row) over rows.
 template <typename F>
@@ -106,14 +110,13 @@ POCKC_INLINE void store_bytes(uint8_t* p, vi x, int64_t valid) {
 
 }  // namespace
 
-bool accepts_max_pool2d(const Call& call) { return accepts(call); }
-
-Status run_max_pool2d(const Call& call) {
+template <typename T>
+Status max_pool2d_of(const Call& call) {
   Pool p(call.inputs[0], call.outputs[0]);
   Attributes attributes(call);
   p.read(&attributes, true);
-  const float* x = call.inputs[0].as<float>();
-  float* y = call.outputs[0].as<float>();
+  const T* x = call.inputs[0].as<T>();
+  T* y = call.outputs[0].as<T>();
   uint8_t* indices = call.outputs[1].as<uint8_t>();
   for_rows(call, p, p.out_height, p.out_width, [&](int64_t n, int64_t oh) {
     for (int64_t ow = 0; ow < p.out_width; ++ow) {
@@ -138,17 +141,22 @@ Status run_max_pool2d(const Call& call) {
   return PK_OK;
 }
 
-bool accepts_max_pool2d_grad(const Call& call) { return accepts(call); }
+bool accepts_max_pool2d(const Call& call) { return accepts(call); }
 
-Status run_max_pool2d_grad(const Call& call) {
+Status run_max_pool2d(const Call& call) {
+  return with_elements(call.inputs[0].dtype, [&](auto zero) { return max_pool2d_of<decltype(zero)>(call); });
+}
+
+template <typename T>
+Status max_pool2d_grad_of(const Call& call) {
   Pool p(call.outputs[0], call.inputs[0]);
   Attributes attributes(call);
   int64_t size[2];
   attributes.tuple(size, 2);
   p.read(&attributes, true);
-  const float* ct = call.inputs[0].as<float>();
+  const T* ct = call.inputs[0].as<T>();
   const uint8_t* indices = call.inputs[1].as<uint8_t>();
-  float* dx = call.outputs[0].as<float>();
+  T* dx = call.outputs[0].as<T>();
   for_rows(call, p, p.height, p.width, [&](int64_t n, int64_t h) {
     for (int64_t w = 0; w < p.width; ++w) {
       const int64_t out = ((n * p.height + h) * p.width + w) * p.channels;
@@ -165,14 +173,20 @@ Status run_max_pool2d_grad(const Call& call) {
   return PK_OK;
 }
 
-bool accepts_avg_pool2d(const Call& call) { return accepts(call); }
+bool accepts_max_pool2d_grad(const Call& call) { return accepts(call); }
 
-Status run_avg_pool2d(const Call& call) {
+Status run_max_pool2d_grad(const Call& call) {
+  return with_elements(call.inputs[0].dtype,
+                       [&](auto zero) { return max_pool2d_grad_of<decltype(zero)>(call); });
+}
+
+template <typename T>
+Status avg_pool2d_of(const Call& call) {
   Pool p(call.inputs[0], call.outputs[0]);
   Attributes attributes(call);
   p.read(&attributes, false);
-  const float* x = call.inputs[0].as<float>();
-  float* y = call.outputs[0].as<float>();
+  const T* x = call.inputs[0].as<T>();
+  T* y = call.outputs[0].as<T>();
   for_rows(call, p, p.out_height, p.out_width, [&](int64_t n, int64_t oh) {
     for (int64_t ow = 0; ow < p.out_width; ++ow) {
       const vf weight = splat(p.weight(oh, ow));
@@ -185,6 +199,12 @@ Status run_avg_pool2d(const Call& call) {
     }
   });
   return PK_OK;
+}
+
+bool accepts_avg_pool2d(const Call& call) { return accepts(call); }
+
+Status run_avg_pool2d(const Call& call) {
+  return with_elements(call.inputs[0].dtype, [&](auto zero) { return avg_pool2d_of<decltype(zero)>(call); });
 }
 
 bool accepts_avg_pool2d_grad(const Call& call) { return accepts(call); }

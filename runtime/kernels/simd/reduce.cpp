@@ -5,6 +5,7 @@
 // by sixteen lanes in blocks of kBlockElements, block sums in order. Both depend on the shape alone.
 #include "simd/attributes.h"
 #include "simd/columns.h"
+#include "simd/halves.h"
 
 namespace pockc {
 namespace POCKC_SIMD_NAMESPACE {
@@ -20,7 +21,7 @@ struct Reduction {
 Reduction describe(const Call& call) {
   Reduction r;
   const Tensor& x = call.inputs[0];
-  if (!is_f32(x) || elements(x) == 0) return r;
+  if ((!is_f32(x) && !is_half(x.dtype)) || elements(x) == 0) return r;
   const int64_t count = call.ints[0];
   const int64_t first = call.ints[1], last = call.ints[count];
   // Axes between that are not reduced must have one element.
@@ -41,12 +42,12 @@ Reduction describe(const Call& call) {
   return r;
 }
 
-template <typename F>
-POCKC_INLINE float sum_row(const float* x, int64_t n, F term) {
+template <typename T, typename F>
+POCKC_INLINE float sum_row(const T* x, int64_t n, F term) {
   float total = 0;
   for (int64_t i = 0; i < n; i += kBlockElements) {
     Lanes sum = Lanes::all(0);
-    const float* block = x + i;
+    const T* block = x + i;
     for_lanes(minimum(kBlockElements, n - i), [&](int j, int64_t at, int64_t valid) POCKC_LAMBDA {
       sum.v[j] = term(load_n(block + at, valid), sum.v[j]);
     });
@@ -55,9 +56,10 @@ POCKC_INLINE float sum_row(const float* x, int64_t n, F term) {
   return total;
 }
 
-Status reduce(const Call& call, bool mean) {
+template <typename T>
+Status reduce_of(const Call& call, bool mean) {
   const Reduction r = describe(call);
-  const float* x = call.inputs[0].as<float>();
+  const T* x = call.inputs[0].as<T>();
   float* out = call.outputs[0].as<float>();
   const float divisor = mean ? static_cast<float>(r.length) : 1.0f;
   if (r.inner == 1) {
@@ -80,7 +82,7 @@ Status reduce(const Call& call, bool mean) {
       const int64_t stop = minimum(end, (o + 1) * groups);
       const int64_t c0 = (unit - o * groups) * kColumnGroup;
       const int64_t c1 = minimum(r.inner, (stop - o * groups) * kColumnGroup);
-      const float* matrix = x + o * r.length * r.inner;
+      const T* matrix = x + o * r.length * r.inner;
       float* sums = out + o * r.inner;
       sum_columns(r.length, c0, c1, sums, [&](int64_t row, int64_t c, int64_t valid, vf sum) POCKC_LAMBDA {
         return sum + load_n(matrix + row * r.inner + c, valid);
@@ -94,6 +96,11 @@ Status reduce(const Call& call, bool mean) {
     }
   });
   return PK_OK;
+}
+
+Status reduce(const Call& call, bool mean) {
+  return with_elements(call.inputs[0].dtype,
+                       [&](auto zero) { return reduce_of<decltype(zero)>(call, mean); });
 }
 
 }  // namespace

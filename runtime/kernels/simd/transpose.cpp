@@ -1,9 +1,10 @@
-// transpose of 4-byte elements. Axes that stay neighbours are merged first. Two forms remain for nearly all
-// uses:
+// transpose of 4-byte elements, and of pairs of 16-bit ones. Axes that stay neighbours are merged first. Two
+// forms remain for nearly all uses:
 //   [outer, rows, columns] -> [outer, columns, rows] (a matrix, NCHW <-> NHWC): W x W blocks in registers;
 //   the last axis stays (heads of attention): runs are copied.
 // Others go to the reference kernel.
 #include "simd/attributes.h"
+#include "simd/halves.h"
 #include "simd/patches.h"
 #include "simd/transpose_square.h"
 
@@ -90,16 +91,24 @@ void transpose_matrix(const float* from, int64_t rows, int64_t columns, int64_t 
 
 bool accepts_transpose(const Call& call) {
   const DType type = call.inputs[0].dtype;
-  if ((type != DType::kF32 && type != DType::kI32) || elements(call.inputs[0]) == 0) return false;
+  if (elements(call.inputs[0]) == 0) return false;
   const Permutation p = merge(call);
+  if (is_half(type)) return keeps_last(p) && p.rank > 0 && p.dims[p.rank - 1] % 2 == 0;
+  if (type != DType::kF32 && type != DType::kI32) return false;
   return is_matrix(p) || keeps_last(p);
 }
 
 Status run_transpose(const Call& call) {
-  const Permutation p = merge(call);
+  Permutation p = merge(call);
+  int64_t count = elements(call.inputs[0]);
+  if (is_half(call.inputs[0].dtype)) {  // two of them are moved as one float
+    count /= 2;
+    p.dims[p.rank - 1] /= 2;
+    for (int i = 0; i < p.rank - 1; ++i) p.strides[i] /= 2;
+  }
   const float* x = call.inputs[0].as<float>();
   float* out = call.outputs[0].as<float>();
-  if (is_matrix(p)) {
+  if (is_matrix(p) && !is_half(call.inputs[0].dtype)) {
     const int64_t rows = p.dims[p.rank - 2], columns = p.dims[p.rank - 1],
                   outer = p.rank == 3 ? p.dims[0] : 1;
     const int64_t strips = divide_up(columns, 16);
@@ -113,7 +122,7 @@ Status run_transpose(const Call& call) {
     return PK_OK;
   }
   const int64_t run = p.rank == 0 ? 1 : p.dims[p.rank - 1];
-  const int64_t rows = elements(call.inputs[0]) / run;
+  const int64_t rows = count / run;
   parallel(call, rows, maximum<int64_t>(1, kElementGrain / run), [&](int64_t begin, int64_t end, int) {
     for (int64_t row = begin; row < end; ++row) {
       int64_t offset = 0, rest = row;

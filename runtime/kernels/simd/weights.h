@@ -1,5 +1,5 @@
-// Vectors out of weight rows, plain or compact: what packing reads, so that no weight is ever decoded as a
-// whole.
+// Vectors out of the rows of a right matrix, plain, compact or of 16-bit numbers: what packing reads, so that
+// no weight is ever decoded as a whole.
 //
 // load(row, column, n): the first n elements from there in the lower lanes of a vector; what the other lanes
 // hold is not said. Nothing is read outside of the row. One multiplication per element, as in compact.h: the
@@ -8,7 +8,7 @@
 #define POCKC_SIMD_WEIGHTS_H_
 
 #include "compact.h"
-#include "simd/simd.h"
+#include "simd/halves.h"
 
 namespace pockc {
 namespace POCKC_SIMD_NAMESPACE {
@@ -44,6 +44,16 @@ struct Bf16Rows {
   POCKC_INLINE vf load(int64_t row, int64_t column, int64_t n) const {
     const auto halves = load_narrow<narrow_halves>(rows.data + row * rows.stride + 2 * column, n);
     return float_of_bits(reinterpret_cast<vi>(__builtin_convertvector(halves, vu) << 16));
+  }
+};
+
+// Rows of a matrix of 16-bit numbers.
+template <typename Half>
+struct HalfRows {
+  CompactRows rows;
+
+  POCKC_INLINE vf load(int64_t row, int64_t column, int64_t n) const {
+    return load_n(reinterpret_cast<const Half*>(rows.data + row * rows.stride) + column, n);
   }
 };
 
@@ -86,6 +96,10 @@ POCKC_INLINE void with_compact_rows(const CompactRows& rows, F&& f) {
     f(Bf16Rows{rows});
   } else if (rows.dtype == DType::kQ8) {
     f(Q8Rows{rows});
+  } else if (rows.dtype == DType::kF16) {
+    f(HalfRows<F16>{rows});
+  } else if (rows.dtype == DType::kB16) {
+    f(HalfRows<B16>{rows});
   } else {
     f(Q4Rows{rows});
   }
