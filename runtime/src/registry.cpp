@@ -1,6 +1,7 @@
 // The kernel tables, made from kernels.inc, and the choice of the instruction set.
 #include <cstring>
 
+#include "cpu_features.h"
 #include "pockc/kernel.h"
 
 #include "kernels.inc"  // the list of one program may define POCKC_WITHOUT_<SET>: its board needs no such set
@@ -17,9 +18,6 @@
 #endif
 #if defined(__x86_64__) && !defined(POCKC_WITHOUT_AVX512)
 #define POCKC_HAS_AVX512 1
-#endif
-#if defined(POCKC_WITHOUT_DOTPROD)
-#undef POCKC_HAS_DOTPROD
 #endif
 #if defined(POCKC_HAS_DOTPROD) && defined(__linux__)
 #include <sys/auxv.h>
@@ -132,27 +130,17 @@ bool has_dotprod() {
 #endif
 }
 #endif
-#if defined(POCKC_HAS_AVX2)
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-#endif
-#if defined(POCKC_HAS_AVX512)
-bool has_avx512() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-}
-#endif
 
 // Best first. It ends with a set without a name, so that it is never empty.
 constexpr InstructionSet kInstructionSets[] = {
 #if defined(POCKC_HAS_AVX512)
-    {"avx512", kAvx512, nullptr, has_avx512, "AVX-512 (F, BW, DQ and VL) and FMA"},
+    {"avx512", kAvx512, nullptr, cpu_has_avx512, "AVX-512 (F, BW, DQ, VL)"},
 #endif
 #if defined(POCKC_HAS_AVX2)
-    {"avx2", kAvx2, nullptr, has_avx2, "AVX2 and FMA"},
+    {"avx2", kAvx2, nullptr, cpu_has_avx2, "AVX2 or FMA"},
 #endif
 #if defined(POCKC_HAS_DOTPROD)
-    {"neon-dotprod", kDotprod, kNeon, has_dotprod, "dot products of bytes"},
+    {"neon-dotprod", kDotprod, kNeon, has_dotprod, ""},
 #endif
 #if defined(POCKC_HAS_NEON)
     {"neon", kNeon, nullptr, always, ""},
