@@ -89,7 +89,7 @@ qemu: ## Install qemu-user, and an ssh server and rsync to test with, by apt-get
 	  || echo "Cannot install qemu-user, openssh-server and rsync here: what needs them is skipped."
 
 # The first time, zig compiles its C++ library for each architecture: minutes each. All of it is kept in .cache/pockc.
-CROSS ?= aarch64,armv7l,riscv64
+CROSS ?= aarch64,armv7l,riscv64,x86_64
 test-cross: setup qemu ## Cross-compile for other processors and test under emulation: CROSS=aarch64 for one of them
 	POCKC_CROSS=$(CROSS) $(BIN)/python -m pytest $(PYTEST_ARGS) tests/cross tests/test_deploy.py
 
@@ -133,9 +133,13 @@ wheel-aarch64: setup qemu ## Make the Python wheel for 64-bit ARM Linux with zig
 	POCKC_CROSS=aarch64,wheel $(BIN)/python -m pytest $(PYTEST_ARGS) tests/cross/test_wheel.py
 
 FUZZ_SECONDS ?= 600
-FUZZ_WITH ?= libfuzzer
+LIBFUZZER_PROBE = echo 'extern "C" int LLVMFuzzerTestOneInput(const unsigned char*, unsigned long) { return 0; }' \
+  | clang++ -x c++ -fsanitize=fuzzer,address -o /dev/null - 2>/dev/null && echo libfuzzer || echo driver
+FUZZ_WITH ?= $(shell $(LIBFUZZER_PROBE))
 
-fuzz: asan ## Feed changed programs, checkpoints and archives to the readers for ten minutes (FUZZ_SECONDS; FUZZ_WITH=driver: no Clang)
+# The driver's programs are in the build of `make asan`; libFuzzer has one of its own, without vectorised kernels.
+fuzz: setup ## Feed changed programs, checkpoints and archives to the readers for ten minutes (FUZZ_SECONDS; FUZZ_WITH=driver: no Clang)
+	$(if $(filter driver,$(FUZZ_WITH)),$(MAKE) asan)
 	sh runtime/fuzz/run.sh $(FUZZ_SECONDS) $(BIN)/python $(CURDIR)/$(BIN)/cmake $(CURDIR)/$(BIN)/ninja $(FUZZ_WITH)
 
 demo: data ## Fine-tune a real model on real data with four schemes, and compare them

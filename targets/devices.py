@@ -58,6 +58,11 @@ class Device:
         return {"arm": "armv7l", "armv7": "armv7l", "armv7a": "armv7l", "arm64": "aarch64"}.get(first, first)
 
     @property
+    def instruction_set(self) -> str:
+        """The best x86 set that every such board has, as the runtime names it; else "": chosen where it runs."""
+        return next((name for name, features in _X86_SETS.items() if features <= set(self.features)), "")
+
+    @property
     def is_x86(self) -> bool:
         """Whether it is an x86 machine."""
         return self.architecture == "x86_64"
@@ -74,6 +79,7 @@ _GIB = 1 << 30
 _V8, _V82 = ("neon",), ("neon", "fp16", "dotprod")
 _AVX2 = ("sse2", "avx2", "fma")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl")
+_X86_SETS = {"avx512": frozenset(_AVX512), "avx2": frozenset(_AVX2)}  # best first
 
 # Costs: the clock of the data sheet times what llvm-mca's model of the core does per cycle in the inner loop of a
 # matrix product: 4 operations on a Cortex-A53, 8 on A57 and A72, 16 on A76 and A78. Memory: of one core, to one digit.

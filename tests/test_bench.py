@@ -163,10 +163,10 @@ def test_order_buys_bytes_of_full_backpropagation(network: Shell, monkeypatch: p
 
 def test_ablation_of_a_program_builds_it_as_it_was_built(network: Shell) -> None:
     (network.folder / "mine.yaml").write_text("update: [head.*]\n")
+    (network.folder / "board.yaml").write_text("{name: my-board, like: x86-64, cores: 2}\n")
     options = "--scheme mine.yaml --batch-size 5 --optimizer sgd --learning-rate 0.5 --momentum 0.9 --accumulate 2"
-    assert (
-        network("build", "net.py:make", *options.split(), "--label-smoothing", "0.1", "--device", "x86-64-avx2")[0] == 0
-    )
+    options += " --label-smoothing 0.1 --device board.yaml"
+    assert network("build", "net.py:make", *options.split())[0] == 0
     (network.folder / "mine.yaml").unlink()  # the program has it
     code, out, err = network("bench", "out/model.pock", "--ablate", "--steps", "1", "--json", "ablation.json")
 

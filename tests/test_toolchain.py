@@ -32,12 +32,27 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_kernel_list_has_the_program_s_kernels_and_nothing_else(program: Program) -> None:
-    listed = cross.kernel_list(program)
+    listed = cross.kernel_list(program, devices.find("rpi4"))
     used = {node.op for graph in program.entries.values() for node in graph.nodes}
     assert "POCKC_REF(matmul)\n" in listed and "POCKC_SIMD(matmul)\n" in listed
     assert {line[len("POCKC_REF(") : -1] for line in listed.splitlines() if line.startswith("POCKC_REF(")} == used
     assert "conv2d" not in listed
     assert listed.endswith("#undef POCKC_REF\n#undef POCKC_SIMD\n#undef POCKC_DOTPROD\n")
+
+
+@pytest.mark.parametrize(
+    ("device", "left_out"),
+    [
+        ("x86-64", []),
+        ("x86-64-avx2", ["BASELINE", "AVX512"]),
+        ("x86-64-avx512", ["BASELINE", "AVX2"]),
+        ("rpi5", []),
+        ("riscv64", []),
+    ],
+)
+def test_board_gets_its_instruction_set_alone(program: Program, device: str, left_out: list[str]) -> None:
+    listed = cross.kernel_list(program, devices.find(device))
+    assert [line.partition("WITHOUT_")[2] for line in listed.splitlines() if "WITHOUT_" in line] == left_out
 
 
 def test_cache_is_in_the_clone_and_else_where_the_system_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 #include <cstdio>
 
 #include "commands.h"
+#include "pockc/kernel.h"
 
 namespace pockc::cli {
 
@@ -20,6 +21,14 @@ int dispatch(int argc, char** argv) {
   if (options.help) {
     std::fputs(usage().c_str(), stdout);
     return 0;
+  }
+  if (const char* lacking = what_cpu_lacks()) {
+    std::fprintf(
+        stderr,
+        "pock-run: this CPU lacks %s, which this binary was made for: build the program for a device "
+        "without it, as --device x86-64\n",
+        lacking);
+    return 1;
   }
   for (const auto& command : kCommands) {
     if (options.verb == command.verb) return command.run(options);

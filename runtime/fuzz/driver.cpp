@@ -199,13 +199,6 @@ void run(const std::string& input) {
   LLVMFuzzerTestOneInput(reinterpret_cast<const uint8_t*>(input.data()), input.size());
 }
 
-int write_seeds(const std::string& directory) {
-  const std::vector<std::string> seeds = pockc::fuzz::fuzz_seeds();
-  for (size_t i = 0; i < seeds.size(); ++i)
-    pockc::test::write_file(directory + "/built-in-" + std::to_string(i), seeds[i]);
-  return seeds.empty() ? 1 : 0;
-}
-
 double now() {
   timespec time{};
   clock_gettime(CLOCK_MONOTONIC, &time);
@@ -225,7 +218,7 @@ int main(int argc, char** argv) {
     } else if (argument == "--seed" && i + 1 < argc) {
       seed = std::strtoull(argv[++i], nullptr, 10);
     } else if (argument == "--write-seeds" && i + 1 < argc) {
-      return write_seeds(argv[++i]);
+      return pockc::fuzz::write_seeds(argv[++i]);
     } else {
       add_files(argument, &seeds);
     }

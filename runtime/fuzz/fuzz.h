@@ -18,6 +18,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size);
 namespace pockc::fuzz {
 
 std::vector<std::string> fuzz_seeds();
+// Puts them into a directory, a file each; returns the exit status.
+int write_seeds(const std::string& directory);
 
 struct Focus {
   size_t begin = 0;

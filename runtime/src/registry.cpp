@@ -1,14 +1,24 @@
 // The kernel tables, made from kernels.inc, and the choice of the instruction set.
 #include <cstring>
 
+#include "cpu_features.h"
 #include "half.h"
 #include "pockc/kernel.h"
 
+#include "kernels.inc"  // the list of one program may define POCKC_WITHOUT_<SET>: its board needs no such set
+
 #if defined(__aarch64__) || defined(__arm__)
+#if !defined(POCKC_WITHOUT_NEON)
 #define POCKC_HAS_NEON 1
 #endif
-#if defined(__x86_64__)
-#include <cpuid.h>
+#elif !defined(POCKC_WITHOUT_BASELINE)
+#define POCKC_HAS_BASELINE 1
+#endif
+#if defined(__x86_64__) && !defined(POCKC_WITHOUT_AVX2)
+#define POCKC_HAS_AVX2 1
+#endif
+#if defined(__x86_64__) && !defined(POCKC_WITHOUT_AVX512)
+#define POCKC_HAS_AVX512 1
 #endif
 #if defined(POCKC_HAS_DOTPROD) && defined(__linux__)
 #include <sys/auxv.h>
@@ -38,17 +48,20 @@ namespace pockc::simd_dotprod {
 #include "kernels.inc"
 }  // namespace pockc::simd_dotprod
 #endif
-#else
+#endif
+#if defined(POCKC_HAS_BASELINE)
 namespace pockc::simd_baseline {
 #define POCKC_SIMD POCKC_DECLARE_SIMD
 #include "kernels.inc"
 }  // namespace pockc::simd_baseline
 #endif
-#if defined(__x86_64__)
+#if defined(POCKC_HAS_AVX2)
 namespace pockc::simd_avx2 {
 #define POCKC_SIMD POCKC_DECLARE_SIMD
 #include "kernels.inc"
 }  // namespace pockc::simd_avx2
+#endif
+#if defined(POCKC_HAS_AVX512)
 namespace pockc::simd_avx512 {
 #define POCKC_SIMD POCKC_DECLARE_SIMD
 #include "kernels.inc"
@@ -77,17 +90,20 @@ constexpr KernelEntry kDotprod[] = {
 #include "kernels.inc"
     kEnd};
 #endif
-#else
+#endif
+#if defined(POCKC_HAS_BASELINE)
 constexpr KernelEntry kBaseline[] = {
 #define POCKC_SIMD(op) {#op, "simd-baseline", nullptr, simd_baseline::accepts_##op, simd_baseline::run_##op},
 #include "kernels.inc"
     kEnd};
 #endif
-#if defined(__x86_64__)
+#if defined(POCKC_HAS_AVX2)
 constexpr KernelEntry kAvx2[] = {
 #define POCKC_SIMD(op) {#op, "simd-avx2", nullptr, simd_avx2::accepts_##op, simd_avx2::run_##op},
 #include "kernels.inc"
     kEnd};
+#endif
+#if defined(POCKC_HAS_AVX512)
 constexpr KernelEntry kAvx512[] = {
 #define POCKC_SIMD(op) {#op, "simd-avx512", nullptr, simd_avx512::accepts_##op, simd_avx512::run_##op},
 #include "kernels.inc"
@@ -169,9 +185,12 @@ struct InstructionSet {
   const KernelEntry* table;
   const KernelEntry* rest;  // of a set that adds to another: what the table lacks is there
   bool (*runs_here)();
+  const char* needs;  // of the CPU, in words
 };
 
+#if defined(POCKC_HAS_NEON) || defined(POCKC_HAS_BASELINE)
 bool always() { return true; }
+#endif
 #if defined(POCKC_HAS_DOTPROD)
 bool has_dotprod() {
 #if defined(__linux__)
@@ -182,33 +201,25 @@ bool has_dotprod() {
 #endif
 }
 #endif
-#if defined(__x86_64__)
-// Every CPU with AVX2 has it; not every compiler's __builtin_cpu_supports knows its name.
-bool has_f16c() {
-  unsigned a, b, c, d;
-  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
-}
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }
-bool has_avx512() {
-  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-}
-#endif
 
-// Best first.
+// Best first. It ends with a set without a name, so that it is never empty.
 constexpr InstructionSet kInstructionSets[] = {
-#if defined(__x86_64__)
-    {"avx512", kAvx512, nullptr, has_avx512},
-    {"avx2", kAvx2, nullptr, has_avx2},
+#if defined(POCKC_HAS_AVX512)
+    {"avx512", kAvx512, nullptr, cpu_has_avx512, "AVX-512 (F, BW, DQ, VL)"},
+#endif
+#if defined(POCKC_HAS_AVX2)
+    {"avx2", kAvx2, nullptr, cpu_has_avx2, "AVX2 or FMA"},
 #endif
 #if defined(POCKC_HAS_DOTPROD)
-    {"neon-dotprod", kDotprod, kNeon, has_dotprod},
+    {"neon-dotprod", kDotprod, kNeon, has_dotprod, ""},
 #endif
 #if defined(POCKC_HAS_NEON)
-    {"neon", kNeon, nullptr, always},
-#else
-    {"baseline", kBaseline, nullptr, always},
+    {"neon", kNeon, nullptr, always, ""},
 #endif
+#if defined(POCKC_HAS_BASELINE)
+    {"baseline", kBaseline, nullptr, always, ""},
+#endif
+    {nullptr, nullptr, nullptr, nullptr, nullptr},
 };
 
 const KernelEntry* find(const KernelEntry* table, const char* op) {
@@ -221,9 +232,9 @@ const KernelEntry* find(const KernelEntry* table, const char* op) {
 const KernelEntry* added = nullptr;
 
 const InstructionSet* find_instruction_set(const char* isa) {
-  for (const InstructionSet& set : kInstructionSets) {
-    if (isa != nullptr && std::strcmp(isa, set.name) != 0) continue;
-    if (set.runs_here()) return &set;
+  for (const InstructionSet* set = kInstructionSets; set->name != nullptr; ++set) {
+    if (isa != nullptr && std::strcmp(isa, set->name) != 0) continue;
+    if (set->runs_here()) return set;
   }
   return nullptr;
 }
@@ -254,7 +265,17 @@ const KernelEntry* find_simd(const char* op, const char* isa) {
 
 const KernelEntry* find_simd(const char* op) { return find_simd(op, nullptr); }
 
-const char* best_isa() { return find_instruction_set(nullptr)->name; }
+const char* best_isa() {
+  const InstructionSet* set = find_instruction_set(nullptr);
+  return set == nullptr ? "reference" : set->name;
+}
+
+const char* what_cpu_lacks() {
+  if (find_instruction_set(nullptr) != nullptr) return nullptr;
+  const char* least = nullptr;
+  for (const InstructionSet* set = kInstructionSets; set->name != nullptr; ++set) least = set->needs;
+  return least;
+}
 
 bool is_specialised() {
 #if defined(POCKC_SPECIALISED)

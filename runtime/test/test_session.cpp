@@ -225,6 +225,7 @@ TEST("the kernel lists hold a check and a run for every op, and only instruction
   CHECK(find_simd("no_such_op") == nullptr);
   CHECK(find_simd("matmul", "no_such_isa") == nullptr);
   CHECK(best_isa() != nullptr);
+  CHECK(what_cpu_lacks() == nullptr);
 }
 
 int main() { return run_tests(); }

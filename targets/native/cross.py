@@ -21,6 +21,7 @@ from pockc.targets.devices import Device
 from pockc.targets.native import toolchain
 from pockc.targets.native.toolchain import Toolchain
 
+_X86_SETS = ("baseline", "avx2", "avx512")  # as runtime/src/registry.cpp has them
 HEADERS = ("include/pockc/runtime.h", "bindings/pockc.hpp")
 
 
@@ -38,7 +39,7 @@ def build_runner(program: Program, device: Device, folder: Path, choice: str | N
     """
     tools = toolchain.for_device(device, choice)
     with _build_tree(tools) as tree:
-        toolchain.write_if_changed(tree / "program" / "kernels.inc", kernel_list(program))
+        toolchain.write_if_changed(tree / "program" / "kernels.inc", kernel_list(program, device))
         _compile(tree, tools, ["pock-run"])
         return _deliver(tree / "pock-run", folder / "pock-run")
 
@@ -64,8 +65,8 @@ def build_onnxruntime_runner(device: Device, folder: Path, choice: str | None = 
         return _deliver(tree / "pock-run-onnxruntime", folder / "pock-run-onnxruntime")
 
 
-def kernel_list(program: Program) -> str:
-    """A kernels.inc with the kernels of a program."""
+def kernel_list(program: Program, device: Device) -> str:
+    """A kernels.inc with the kernels of a program, in the instruction set of its board alone where it names one."""
     used = {node.op for graph in program.entries.values() for node in graph.nodes}
     complete = (toolchain.runtime_sources() / "kernels" / "kernels.inc").read_text()
 
@@ -73,7 +74,9 @@ def kernel_list(program: Program) -> str:
         entry = re.match(r"POCKC_(?:REF|SIMD|DOTPROD)\((\w+)\)", line)
         return entry is None or entry[1] in used
 
-    return "".join(line for line in complete.splitlines(keepends=True) if keep(line))
+    others = [name for name in _X86_SETS if device.instruction_set not in ("", name)]
+    left_out = "".join(f"#define POCKC_WITHOUT_{name.upper()}\n" for name in others)
+    return left_out + "".join(line for line in complete.splitlines(keepends=True) if keep(line))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from pockc.errors import UserError
 from pockc.program import Program
 from pockc.targets.devices import Device
 from pockc.targets.native import cross
+from pockc.targets.native.toolchain import has_zig
 
 
 def deliver(
@@ -18,8 +19,9 @@ def deliver(
 ) -> list[Path]:
     """Write `pock-run` for a board, its README and, if wanted, ``libpockrt`` with headers.
 
-    A board of this machine's own architecture gets a copy of the installed `pock-run`, unless a toolchain is named;
-    any other is cross-compiled for.
+    A board of this machine's own architecture gets a copy of the installed `pock-run`, with every kernel in every
+    instruction set, unless a toolchain is named or, where zig is here, the board names its instruction set; any other
+    is cross-compiled for.
 
     Args:
         program: What the binary is for: it has these kernels alone.
@@ -31,12 +33,17 @@ def deliver(
     Raises:
         UserError: there is no toolchain for the board here, or it fails.
     """
-    if toolchain is None and device.architecture == platform.machine():
+    if toolchain is None and _is_served_by_the_installed(device):
         runner = copy_runner(folder)
     else:
         runner = cross.build_runner(program, device, folder, toolchain)
     files = [runner, write_readme(program, device, folder)]
     return files + (cross.build_library(device, folder, toolchain) if library else [])
+
+
+def _is_served_by_the_installed(device: Device) -> bool:
+    own = device.architecture == platform.machine()
+    return own and not (device.instruction_set and has_zig())
 
 
 def copy_runner(folder: Path, name: str = "pock-run") -> Path:

@@ -16,6 +16,9 @@ from pockc.abi import runtime_file
 from pockc.build import build
 from pockc.optim import SGD
 from pockc.session import Session
+from pockc.targets import devices
+from pockc.targets.native import toolchain
+from tests.cross.boards import MACHINES, elf_machine
 
 pytestmark = [pytest.mark.torch, pytest.mark.native]
 
@@ -165,3 +168,37 @@ def test_a_jvm_trains_saves_and_gets_exceptions(model: Path, tmp_path: Path) -> 
     for what in ("missing input", "no checkpoint"):
         assert refused[what].startswith("IllegalStateException: "), refused[what]
     assert len(refused) == 10 and not any("WARNING" in line or "not refused" in line for line in printed)
+
+
+# What the NDK's toolchain file tells CMake, over zig: the same system and processor, but another C library.
+NDK = """
+include("{zig}")
+set(CMAKE_SYSTEM_NAME Android)
+set(CMAKE_SYSTEM_VERSION 1)  # a toolchain file of somebody else's: CMake looks for no NDK
+"""
+
+
+def test_recipe_for_the_ndk_configures_compiles_and_links_what_it_should(tmp_path: Path) -> None:
+    home = java_home()
+    if not toolchain.has_zig():
+        pytest.skip("zig is not installed: pip install 'pockc[cross]'")
+    zig = toolchain.for_device(devices.find("android-arm64"), "zig").file
+    (tmp_path / "ndk.cmake").write_text(NDK.format(zig=zig))
+    options = {
+        "CMAKE_TOOLCHAIN_FILE": tmp_path / "ndk.cmake",
+        "CMAKE_MAKE_PROGRAM": toolchain.tool("ninja"),
+        "ANDROID_ABI": "arm64-v8a",
+        "JNI_INCLUDE_DIRS": f"{home / 'include'};{home / 'include' / 'linux'}",
+    }
+    tree, compiled = tmp_path / "build", "CMakeFiles/pockc_jni.dir/pockc_jni.c.o"
+
+    definitions = [f"-D{name}={value}" for name, value in options.items()]
+    call(toolchain.tool("cmake"), "-S", ANDROID, "-B", tree, "-G", "Ninja", *definitions)
+    call(toolchain.tool("ninja"), "-C", tree, compiled)  # the kernels would take minutes: `make test-cross` has them
+    commands = call(toolchain.tool("ninja"), "-C", tree, "-t", "commands", "pockc_jni").splitlines()
+
+    assert elf_machine((tree / compiled).read_bytes()) == MACHINES["aarch64"]
+    assert "-o libpockc_jni.so" in commands[-1] and "runtime/libpockrt_static.a" in commands[-1]
+    assert "-Wl,-z,max-page-size=16384" in commands[-1] and "-Wl,--exclude-libs,ALL" in commands[-1]
+    kernels = [line for line in commands if line.endswith("kernels/simd/gemm.cpp")]
+    assert len(kernels) == 1 and "-DPOCKC_ISA=neon" in kernels[0] and "-fPIC" in kernels[0]

@@ -155,8 +155,11 @@ const KernelEntry* find_simd(const char* op);
 // The same from one instruction set ("baseline", "avx2", "avx512", "neon"; null: the best); null when the CPU
 // lacks it.
 const KernelEntry* find_simd(const char* op, const char* isa);
-// The name of the instruction set that is used here.
+// The name of the instruction set that is used here; "reference" where this build has none.
 const char* best_isa();
+// What this build needs and the CPU lacks, in words; null where it runs here. Only a pock-run that was made
+// for one kind of CPU can lack anything.
+const char* what_cpu_lacks();
 // Whether this build has the kernels of one program alone: a pock-run that was made for it.
 bool is_specialised();
 
