@@ -16,6 +16,12 @@
 // Without linkage, because these are compiled for several instruction sets: see simd/simd.h.
 #define POCKC_HALF_INLINE static inline __attribute__((always_inline))
 
+// A pock-run for one program leaves these kernels out where the program has no such tensor: they are half the
+// code.
+#ifndef POCKC_HALVES
+#define POCKC_HALVES 1
+#endif
+
 namespace pockc {
 
 struct F16 {
@@ -25,7 +31,9 @@ struct B16 {
   uint16_t bits;
 };
 
-POCKC_HALF_INLINE bool is_half(DType dtype) { return dtype == DType::kF16 || dtype == DType::kB16; }
+POCKC_HALF_INLINE bool is_half(DType dtype) {
+  return POCKC_HALVES != 0 && (dtype == DType::kF16 || dtype == DType::kB16);
+}
 
 POCKC_HALF_INLINE uint32_t bits_of_float(float x) {
   uint32_t bits;

@@ -2,6 +2,7 @@
 // program_check.cpp.
 #include "byte_reader.h"
 #include "error.h"
+#include "half.h"
 #include "program.h"
 
 namespace pockc {
@@ -36,6 +37,11 @@ Status read_tensor(ByteReader& reader, size_t index, TensorRecord* record) {
   const uint8_t zero = reader.u8();
   if (reader.failed() || dtype > kMaxDType || storage > 1 || rank > kMaxRank || zero != 0)
     return truncated("tensor", index);
+  if (!POCKC_HALVES && dtype >= static_cast<uint8_t>(DType::kF16)) {
+    return fail(PK_BAD_FILE,
+                "tensor %zu has 16 bits, and this pock-run was made for a program without such tensors",
+                index);
+  }
   record->type.dtype = static_cast<DType>(dtype);
   record->type.rank = rank;
   record->storage = static_cast<Storage>(storage);

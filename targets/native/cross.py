@@ -38,9 +38,10 @@ def build_runner(program: Program, device: Device, folder: Path, choice: str | N
         UserError: there is no toolchain, or it fails.
     """
     tools = toolchain.for_device(device, choice)
-    with _build_tree(tools) as tree:
+    halves = has_halves(program)
+    with _build_tree(tools, halves) as tree:
         toolchain.write_if_changed(tree / "program" / "kernels.inc", kernel_list(program, device))
-        _compile(tree, tools, ["pock-run"])
+        _compile(tree, tools, ["pock-run"], halves)
         return _deliver(tree / "pock-run", folder / "pock-run")
 
 
@@ -79,17 +80,23 @@ def kernel_list(program: Program, device: Device) -> str:
     return left_out + "".join(line for line in complete.splitlines(keepends=True) if keep(line))
 
 
+def has_halves(program: Program) -> bool:
+    """Whether some tensor has 16 bits: kernels for these double a binary."""
+    values = (value for graph in program.entries.values() for node in graph.nodes for value in node.outputs)
+    return any(value.type.is_half for value in values)
+
+
 @contextmanager
-def _build_tree(tools: Toolchain) -> Iterator[Path]:
-    """The build tree of a toolchain, for this process alone."""
-    tree = toolchain.cache_folder() / "runtime" / tools.key
+def _build_tree(tools: Toolchain, halves: bool = True) -> Iterator[Path]:
+    """The build tree of a toolchain, for this process alone; without kernels for 16 bits there is another one."""
+    tree = toolchain.cache_folder() / "runtime" / f"{tools.key}{'' if halves else '-f32'}"
     (tree / "program").mkdir(parents=True, exist_ok=True)
     with (tree / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield tree
 
 
-def _compile(tree: Path, tools: Toolchain, targets: Sequence[str]) -> None:
+def _compile(tree: Path, tools: Toolchain, targets: Sequence[str], halves: bool = True) -> None:
     """Configure once, then build; the output goes to ``build.log`` in the tree."""
     cmake, ninja, sources = toolchain.tool("cmake"), toolchain.tool("ninja"), toolchain.runtime_sources()
     with (tree / "build.log").open("w") as log:
@@ -103,6 +110,7 @@ def _compile(tree: Path, tools: Toolchain, targets: Sequence[str]) -> None:
                 "POCKC_BUILD_TESTS": "OFF",
                 "POCKC_ONNXRUNTIME": "ON",
                 "POCKC_KERNELS_DIR": tree / "program",
+                "POCKC_HALVES": "ON" if halves else "OFF",
             }
             definitions = [f"-D{name}={value}" for name, value in options.items()]
             _run([cmake, "-S", str(sources), "-B", str(tree), "-G", "Ninja", *definitions], log.fileno(), tree)

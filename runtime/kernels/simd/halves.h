@@ -112,8 +112,12 @@ POCKC_INLINE void store_n(Half* p, vf x, int64_t n) {
 // Calls f with a zero of the type of a tensor's elements: float, F16 or B16.
 template <typename F>
 POCKC_INLINE auto with_elements(DType dtype, F&& f) {
+#if POCKC_HALVES
   if (dtype == DType::kF16) return f(F16{});
   if (dtype == DType::kB16) return f(B16{});
+#else
+  (void)dtype;
+#endif
   return f(0.0f);
 }
 

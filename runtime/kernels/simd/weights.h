@@ -96,10 +96,12 @@ POCKC_INLINE void with_compact_rows(const CompactRows& rows, F&& f) {
     f(Bf16Rows{rows});
   } else if (rows.dtype == DType::kQ8) {
     f(Q8Rows{rows});
+#if POCKC_HALVES
   } else if (rows.dtype == DType::kF16) {
     f(HalfRows<F16>{rows});
   } else if (rows.dtype == DType::kB16) {
     f(HalfRows<B16>{rows});
+#endif
   } else {
     f(Q4Rows{rows});
   }
