@@ -18,6 +18,7 @@ _FLOAT = 4
 _GEMM_DEPTH = 256  # block of the inner dimension
 _GEMM_WORK = 256 * 1024  # multiply-adds from which on a product uses several threads
 _GEMM_ROWS = 16  # most rows of any instruction set's tile
+_GEMM_GROUPED_ROWS = 32  # of a transposed left matrix are copied together, where a thread has many of them
 _GEMM_PADDING = 16  # floats between copied rows
 _DEPTHWISE_UNITS = 4  # separately summed parts of a depthwise weight gradient
 _NORM_UNITS = 4  # separately summed parts of a normalisation's gamma gradient
@@ -67,22 +68,23 @@ def _block_columns(rows: int, copied: bool) -> int:
     return next((columns for most, columns in ((64, 48), (256, 96), (512, 192)) if rows <= most), 384)
 
 
-def _part(rows: int, columns: int, depth: int, copied: bool) -> int:
+def _part(rows: int, columns: int, depth: int, copied: bool, transposed: bool = False) -> int:
     """Bytes that one thread needs for a product; ``copied`` where panels of the left matrix are copied."""
-    block = min(depth, _GEMM_DEPTH)
-    left = _GEMM_ROWS * (block + _GEMM_PADDING) if copied else 0
-    right = block * min(_round_up(columns, 16), _block_columns(rows, copied))
+    block, widest = min(depth, _GEMM_DEPTH), _block_columns(rows, copied)
+    copied_rows = (_GEMM_GROUPED_ROWS if transposed and widest == 384 else _GEMM_ROWS) if copied else 0
+    left = copied_rows * (block + _GEMM_PADDING)
+    right = block * min(_round_up(columns, 16), widest)
     return _FLOAT * _round_up(left + right, 16)
 
 
-def _gemm(rows: int, columns: int, depth: int, copied: bool, threads: int) -> int:
+def _gemm(rows: int, columns: int, depth: int, copied: bool, threads: int, *, transposed: bool = False) -> int:
     """Bytes for a product on that many threads, or on fewer."""
-    alone = _part(rows, columns, depth, copied)
+    alone = _part(rows, columns, depth, copied, transposed)
     if rows * columns * depth < _GEMM_WORK:
         return alone
     splits_rows = 2 * rows >= columns
     shares = ((count, -(-rows // count) if splits_rows else rows) for count in range(2, threads + 1))
-    return max(alone, *(count * _part(share, columns, depth, copied) for count, share in shares), 0)
+    return max(alone, *(count * _part(share, columns, depth, copied, transposed) for count, share in shares), 0)
 
 
 def _conflicts(stride: int) -> bool:
@@ -97,10 +99,10 @@ def _matmul(inputs: Types, outputs: Types, attrs: Attributes, threads: int) -> i
     if len(inputs[1].shape) == 2 and len(left) == len(out) and not transposed:
         rows, batch = rows * batch, 1
     copied = transposed or _conflicts(left[-1])
-    whole_items = min(threads, batch) * _part(rows, columns, depth, copied)
+    whole_items = min(threads, batch) * _part(rows, columns, depth, copied, transposed)
     if batch > 1 and batch >= threads:
         return whole_items
-    return max(whole_items, _gemm(rows, columns, depth, copied, threads))
+    return max(whole_items, _gemm(rows, columns, depth, copied, threads, transposed=transposed))
 
 
 def _is_depthwise(channels: int, out_channels: int, groups: int) -> bool:
@@ -150,7 +152,8 @@ def _conv2d_grad_weight(inputs: Types, outputs: Types, attrs: Attributes, thread
     channels, weight, groups = inputs[0].shape[3], outputs[0].shape, attrs["groups"]
     if _is_depthwise(channels, weight[0], groups):
         return _DEPTHWISE_UNITS * _depthwise(channels, weight[1:3])
-    return _gemm(weight[0] // groups, prod(weight[1:]), prod(inputs[1].shape[:3]), True, threads)
+    pixels = prod(inputs[1].shape[:3])
+    return _gemm(weight[0] // groups, prod(weight[1:]), pixels, True, threads, transposed=True)
 
 
 def _block_of(count: int, most: int, least: int) -> int:
@@ -200,8 +203,9 @@ def _attention_grad(inputs: Types, outputs: Types, attrs: Attributes, threads: i
     keys, value_depth = inputs[3].shape[2:]
     rows, block = _score_block(queries, keys)
     widest = max(depth, value_depth)
-    products = ((rows, keys, widest), (rows, depth, keys), (keys, widest, rows))
-    return threads * (2 * block + max(_part(*shape, copied=True) for shape in products))
+    products = ((rows, keys, widest), (rows, depth, keys))
+    scratch = max(*(_part(*shape, copied=True) for shape in products), _part(keys, widest, rows, True, transposed=True))
+    return threads * (2 * block + scratch)
 
 
 _RULES: dict[str, Callable[[Types, Types, Attributes, int], int]] = {

@@ -8,7 +8,8 @@ namespace {
 
 int64_t product_scratch(const Attention& a) {
   const int64_t rows = a.block_rows();
-  return maximum(part_scratch(rows, a.keys, a.depth, true), part_scratch(rows, a.value_depth, a.keys, true));
+  return maximum(part_scratch(rows, a.keys, a.depth, Copied::kRows),
+                 part_scratch(rows, a.value_depth, a.keys, Copied::kRows));
 }
 int64_t thread_floats(const Attention& a) { return a.block_rows() * a.score_pitch() + product_scratch(a); }
 

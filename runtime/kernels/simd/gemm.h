@@ -29,6 +29,7 @@ constexpr int64_t kDepth = 256;    // part of the result's definition: the same 
 constexpr int64_t kColumns = 384;  // most columns of a block: kDepth x kColumns floats are 384 KiB
 constexpr int64_t kThreadedWork = 256 * 1024;  // multiply-adds; waking threads costs more than half of less
 constexpr int kMaxRows = 16;                   // no tile has more rows
+constexpr int64_t kMostRows = 32;              // of a transposed A are copied together
 constexpr int64_t kPadding =
     16;  // floats after each copied row of A: against cache set conflicts, and for kOverrun
 
@@ -82,13 +83,14 @@ struct Gemm {
   bool accumulate = false;  // add to C
 };
 
-// Whether panels of A are copied to scratch memory before they are used.
-bool is_copied(const LeftMatrix& a);
+// Whether panels of A are copied to scratch memory before they are used: one by one, or in groups.
+enum class Copied { kNo, kRows, kColumns };
+Copied copied(const LeftMatrix& a);
 // Columns of one block where a thread has that many rows.
-int64_t block_columns(int64_t rows, bool copied);
+int64_t block_columns(int64_t rows, Copied copied);
 // Scratch floats for one thread (a multiple of 16): never less for more rows, or for a copied A. This, and
 // what follows, is the same for every instruction set.
-int64_t part_scratch(int64_t rows, int64_t n, int64_t k, bool copied);
+int64_t part_scratch(int64_t rows, int64_t n, int64_t k, Copied copied);
 // Scratch floats of gemm_parallel on that many threads: never less for more of them.
 int64_t gemm_scratch(const Gemm& gemm, int threads);
 
