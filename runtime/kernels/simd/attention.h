@@ -65,9 +65,14 @@ inline void plain(Gemm* g, const float* a, int64_t a_stride, bool a_transposed, 
 }
 
 // A vector of scores, scaled and masked: where `keep` is zero nothing is seen, `add` is added. The last axis
-// of a mask has one element, or one per key.
+// of a mask has one element, or one per key; most neighbours are alike, which is quicker to find than lanes
+// are to set.
 POCKC_INLINE vf masked(vf score, const uint8_t* keep, int64_t step, int64_t n) {
+  constexpr uint8_t kNoneSeen[16] = {};
+  constexpr uint8_t kAllSeen[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
   if (step == 0) return *keep != 0 ? score : splat(-kInfinity);
+  if (n == W && std::memcmp(keep, kAllSeen, W) == 0) return score;
+  if (n == W && std::memcmp(keep, kNoneSeen, W) == 0) return splat(-kInfinity);
   const vi kept = __builtin_convertvector(load_narrow<narrow_pairs>(keep, n), vi);
   return select(kept != 0, score, splat(-kInfinity));
 }

@@ -65,13 +65,21 @@ constexpr int64_t kPanelsPacked = 64 / kTileColumns;
 template <typename Rows>
 void pack_panels(const Rows& rows, const RightMatrix& b, int64_t k0, int64_t depth, int64_t n0,
                  int64_t columns, float* to) {
+  const int64_t whole = columns / kTileColumns * kTileColumns, width = panel_width(columns - whole);
   for (int64_t k = 0; k < depth; ++k) {
-    const RightRow at(b, k0 + k), later(b, minimum(k0 + k + kRowsAhead, k0 + depth - 1));
-    for (int64_t n = 0; n < columns; n += kLineFloats) rows.ask(later.row, later.offset + n0 + n);
-    for (int64_t n = 0; n < columns; n += kTileColumns) {
-      const int64_t valid = minimum<int64_t>(columns - n, kTileColumns);
-      copy_row(rows, at.row, at.offset + n0 + n, valid, to + n * depth + k * panel_width(valid));
+    if (k + kRowsAhead < depth) {
+      const RightRow later(b, k0 + k + kRowsAhead);
+      for (int64_t n = 0; n < columns; n += kLineFloats) rows.ask(later.row, later.offset + n0 + n);
     }
+    const RightRow at(b, k0 + k);
+    float* panel = to + k * kTileColumns;
+    for (int64_t n = 0; n < whole; n += kTileColumns, panel += depth * kTileColumns) {
+      POCKC_UNROLL
+      for (int64_t i = 0; i < kTileColumns; i += W)
+        store(panel + i, rows.load(at.row, at.offset + n0 + n + i, W));
+    }
+    if (whole < columns)
+      copy_row(rows, at.row, at.offset + n0 + whole, columns - whole, to + whole * depth + k * width);
   }
 }
 
