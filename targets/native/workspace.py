@@ -18,6 +18,7 @@ _FLOAT = 4
 _GEMM_DEPTH = 256  # block of the inner dimension
 _GEMM_WORK = 256 * 1024  # multiply-adds from which on a product uses several threads
 _GEMM_ROWS = 16  # most rows of any instruction set's tile
+_GEMM_GROUPED_ROWS = 32  # of a transposed left matrix are copied together, where a thread has many of them
 _GEMM_PADDING = 16  # floats between copied rows
 _SUM_FLOATS = 64 * 1024  # of a result in 16 bits, before it is rounded
 _DEPTHWISE_UNITS = 4  # separately summed parts of a depthwise weight gradient
@@ -68,26 +69,28 @@ def _block_columns(rows: int, copied: bool) -> int:
     return next((columns for most, columns in ((64, 48), (256, 96), (512, 192)) if rows <= most), 384)
 
 
-def _part(rows: int, columns: int, depth: int, copied: bool, narrowed: bool = False) -> int:
+def _part(
+    rows: int, columns: int, depth: int, copied: bool, *, transposed: bool = False, narrowed: bool = False
+) -> int:
     """Bytes that one thread needs for a product.
 
     ``copied`` where panels of the left matrix are copied, ``narrowed`` where sums wait to be rounded to 16 bits.
     """
-    block = min(depth, _GEMM_DEPTH)
-    left = _GEMM_ROWS * (block + _GEMM_PADDING) if copied else 0
-    across = min(_round_up(columns, 16), _block_columns(rows, copied))
+    block, widest = min(depth, _GEMM_DEPTH), _block_columns(rows, copied)
+    copied_rows = (_GEMM_GROUPED_ROWS if transposed and widest == 384 else _GEMM_ROWS) if copied else 0
+    left, across = copied_rows * (block + _GEMM_PADDING), min(_round_up(columns, 16), widest)
     sums = min(rows, _SUM_FLOATS // across) * across if narrowed else 0
     return _FLOAT * (_round_up(left + block * across, 16) + _round_up(sums, 16))
 
 
-def _gemm(rows: int, columns: int, depth: int, copied: bool, threads: int, narrowed: bool = False) -> int:
+def _gemm(rows: int, columns: int, depth: int, copied: bool, threads: int, **how: bool) -> int:
     """Bytes for a product on that many threads, or on fewer."""
-    alone = _part(rows, columns, depth, copied, narrowed)
+    alone = _part(rows, columns, depth, copied, **how)
     if rows * columns * depth < _GEMM_WORK:
         return alone
     splits_rows = 2 * rows >= columns
     shares = ((count, -(-rows // count) if splits_rows else rows) for count in range(2, threads + 1))
-    return max(alone, *(count * _part(share, columns, depth, copied, narrowed) for count, share in shares), 0)
+    return max(alone, *(count * _part(share, columns, depth, copied, **how) for count, share in shares), 0)
 
 
 def _conflicts(stride: int) -> bool:
@@ -102,11 +105,11 @@ def _matmul(inputs: Types, outputs: Types, attrs: Attributes, threads: int) -> i
     if len(inputs[1].shape) == 2 and len(left) == len(out) and not transposed:
         rows, batch = rows * batch, 1
     copied = transposed or inputs[0].is_half or _conflicts(left[-1])
-    narrowed = outputs[0].is_half
-    whole_items = min(threads, batch) * _part(rows, columns, depth, copied, narrowed)
+    how = {"transposed": transposed, "narrowed": outputs[0].is_half}
+    whole_items = min(threads, batch) * _part(rows, columns, depth, copied, **how)
     if batch > 1 and batch >= threads:
         return whole_items
-    return max(whole_items, _gemm(rows, columns, depth, copied, threads, narrowed))
+    return max(whole_items, _gemm(rows, columns, depth, copied, threads, **how))
 
 
 def _is_depthwise(channels: int, out_channels: int, groups: int) -> bool:
@@ -127,7 +130,7 @@ def _conv2d(inputs: Types, outputs: Types, attrs: Attributes, threads: int) -> i
         return _depthwise(channels, weight[1:3])
     copied = not _is_pointwise(weight, attrs) or inputs[0].is_half or _conflicts(channels)
     rows, columns, depth = prod(outputs[0].shape[:3]), weight[0] // groups, prod(weight[1:])
-    return _gemm(rows, columns, depth, copied, threads, outputs[0].is_half)
+    return _gemm(rows, columns, depth, copied, threads, narrowed=outputs[0].is_half)
 
 
 def _phases(size: int, weight: tuple[int, ...], attrs: Attributes, axis: int) -> list[tuple[int, int]]:
@@ -151,14 +154,16 @@ def _conv2d_grad_input(inputs: Types, outputs: Types, attrs: Attributes, threads
     batch, height, width, _ = outputs[0].shape
     down, across = (_phases(size, weight, attrs, axis) for axis, size in enumerate((height, width)))
     products = ((batch * h * w, r * s * (weight[0] // groups)) for (h, r), (w, s) in product(down, across) if r * s)
-    return max((_gemm(rows, weight[3], depth, copied, threads, narrowed) for rows, depth in products), default=0)
+    sizes = (_gemm(rows, weight[3], depth, copied, threads, narrowed=narrowed) for rows, depth in products)
+    return max(sizes, default=0)
 
 
 def _conv2d_grad_weight(inputs: Types, outputs: Types, attrs: Attributes, threads: int) -> int:
     channels, weight, groups = inputs[0].shape[3], outputs[0].shape, attrs["groups"]
     if _is_depthwise(channels, weight[0], groups):
         return _DEPTHWISE_UNITS * _depthwise(channels, weight[1:3])
-    return _gemm(weight[0] // groups, prod(weight[1:]), prod(inputs[1].shape[:3]), True, threads)
+    pixels = prod(inputs[1].shape[:3])
+    return _gemm(weight[0] // groups, prod(weight[1:]), pixels, True, threads, transposed=True)
 
 
 def _block_of(count: int, most: int, least: int) -> int:
@@ -208,8 +213,9 @@ def _attention_grad(inputs: Types, outputs: Types, attrs: Attributes, threads: i
     keys, value_depth = inputs[3].shape[2:]
     rows, block = _score_block(queries, keys)
     widest = max(depth, value_depth)
-    products = ((rows, keys, widest), (rows, depth, keys), (keys, widest, rows))
-    return threads * (2 * block + max(_part(*shape, copied=True) for shape in products))
+    products = ((rows, keys, widest), (rows, depth, keys))
+    scratch = max(*(_part(*shape, copied=True) for shape in products), _part(keys, widest, rows, True, transposed=True))
+    return threads * (2 * block + scratch)
 
 
 _RULES: dict[str, Callable[[Types, Types, Attributes, int], int]] = {

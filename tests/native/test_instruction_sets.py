@@ -81,6 +81,8 @@ def test_every_instruction_set_agrees_with_numpy_and_fused_ones_with_each_other(
     ("op", "shapes", "attrs"),
     [
         ("matmul", ((130, 700), (700, 450)), {}),
+        ("matmul", ((523, 411), (523, 150)), {"transpose_a": True}),
+        ("matmul", ((130, 300), (450, 300)), {"transpose_b": True}),
         ("conv2d", ((2, 20, 21, 40), (70, 3, 3, 40)), {"padding": (1, 1, 1, 1), "stride": (2, 1)}),
         ("conv2d_grad_weight", ((2, 20, 20, 40), (2, 20, 20, 70)), {"kernel": (3, 3), "padding": (1, 1, 1, 1)}),
         ("conv2d_grad_weight", ((2, 20, 20, 40), (2, 20, 20, 40)), {"kernel": (1, 1), "groups": 40}),

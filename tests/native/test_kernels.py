@@ -99,6 +99,36 @@ def test_a_vectorised_kernel_agrees_with_numpy_and_not_with_the_number_of_thread
     assert accepted > 0, "no sample of the op is one that the vectorised kernel accepts"
 
 
+_Q, _K, _V = (TensorType(shape) for shape in ((2, 2, 70, 24), (2, 2, 90, 24), (2, 2, 90, 40)))
+# Operands and attributes beyond the kernels' block sizes; few are a multiple of a vector or a tile.
+LARGER: list[tuple[str, tuple[TensorType, ...], Mapping[str, Any]]] = [
+    ("matmul", (TensorType((413, 523)), TensorType((523, 395))), {}),
+    ("matmul", (TensorType((523, 413)), TensorType((523, 395))), {"transpose_a": True}),
+    ("matmul", (TensorType((523, 1024)), TensorType((523, 37))), {"transpose_a": True}),
+    ("matmul", (TensorType((130, 523)), TensorType((395, 523))), {"transpose_b": True}),
+    ("conv2d_grad_weight", (TensorType((2, 12, 12, 50)), TensorType((2, 10, 10, 203))), {"kernel": (3, 3)}),
+    ("transpose", (TensorType((3, 50, 7, 71)),), {"permutation": (0, 2, 1, 3)}),
+    ("transpose", (TensorType((5, 3, 4, 2, 9)),), {"permutation": (3, 1, 0, 2, 4)}),
+    ("attention", (_Q, _K, _V), {"scale": 0.2}),
+    ("attention", (_Q, _K, _V), {"scale": 0.2, "causal": True}),
+    ("attention", (_Q, _K, _V, TensorType((2, 1, 70, 90), "bool")), {"scale": 0.2}),
+    ("attention", (_Q, _K, _V, TensorType((1, 1, 70, 90))), {"scale": 0.2, "causal": True}),
+    ("attention", (_Q, _K, _V, TensorType((2, 2, 70, 1), "bool")), {"scale": 0.2}),
+    ("attention", (_Q, _K, _V, TensorType((2, 1, 70, 1))), {"scale": 0.2}),
+]
+
+
+@pytest.mark.parametrize(("op", "inputs", "attrs"), LARGER)
+def test_a_vectorised_kernel_agrees_with_numpy_beyond_its_block_sizes(
+    op: str, inputs: tuple[TensorType, ...], attrs: Mapping[str, Any]
+) -> None:
+    case = Case.of(op, Sample(inputs=inputs, attrs=dict(attrs), tolerance=1e-5))
+    for threads in (1, 3):
+        status, found = kernels.run(op, "simd", case.operands, case.outputs, case.attrs, threads=threads)
+        assert status == kernels.OK
+        assert_close(found, case.expected(), case.tolerance)
+
+
 def shared_buffers(case: Case) -> Iterator[dict[int, int]]:
     """The ways in which outputs of this call may take over the buffers of inputs."""
     for i in OPS[case.op].in_place:

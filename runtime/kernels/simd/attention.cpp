@@ -7,8 +7,9 @@ namespace POCKC_SIMD_NAMESPACE {
 namespace {
 
 int64_t thread_floats(const Attention& a, bool narrowed) {
-  const int64_t rows = a.block_rows(), scores = part_scratch(rows, a.keys, a.depth, true);
-  return rows * a.score_pitch() + maximum(scores, part_scratch(rows, a.value_depth, a.keys, true, narrowed));
+  const int64_t rows = a.block_rows(), scores = part_scratch(rows, a.keys, a.depth, Copied::kRows);
+  const int64_t sums = part_scratch(rows, a.value_depth, a.keys, Copied::kRows, narrowed);
+  return rows * a.score_pitch() + maximum(scores, sums);
 }
 
 void run_block(const Call& call, const Attention& a, int64_t head, int64_t begin, int64_t end,

@@ -83,20 +83,41 @@ inline void plain(Gemm* g, Elements a, int64_t a_stride, bool a_transposed, Elem
   g->c.data = c, g->c.stride = c_stride;
 }
 
-inline void mask_row(const Attention& a, int64_t b, int64_t h, int64_t i, int64_t seen, float* row) {
-  if (a.causal) {
-    for (int64_t j = i + 1; j < seen; ++j) row[j] = -kInfinity;
-  }
-  if (a.mask == nullptr) return;
+// A vector of scores, scaled and masked: where `keep` is zero nothing is seen, `add` is added. The last axis
+// of a mask has one element, or one per key; most neighbours are alike, which is quicker to find than lanes
+// are to set.
+POCKC_INLINE vf masked(vf score, const uint8_t* keep, int64_t step, int64_t n) {
+  constexpr uint8_t kNoneSeen[16] = {};
+  constexpr uint8_t kAllSeen[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+  if (step == 0) return *keep != 0 ? score : splat(-kInfinity);
+  if (n == W && std::memcmp(keep, kAllSeen, W) == 0) return score;
+  if (n == W && std::memcmp(keep, kNoneSeen, W) == 0) return splat(-kInfinity);
+  const vi kept = __builtin_convertvector(load_narrow<narrow_pairs>(keep, n), vi);
+  return select(kept != 0, score, splat(-kInfinity));
+}
+POCKC_INLINE vf masked(vf score, const float* add, int64_t step, int64_t n) {
+  return score + (step == 0 ? splat(*add) : load_n(add, n));
+}
+
+template <typename T>
+void scale_and_mask(float scale, const T* mask, int64_t step, int64_t seen, float* row) {
+  for_vectors(0, seen, [&](int64_t j, int64_t valid) POCKC_LAMBDA {
+    const vf score = load_n(row + j, valid) * splat(scale);
+    store_n(row + j, mask == nullptr ? score : masked(score, mask + j * step, step, valid), valid);
+  });
+}
+
+inline void finish_row(const Attention& a, int64_t b, int64_t h, int64_t i, int64_t seen, float* row) {
   const int64_t at = b * a.mask_strides[0] + h * a.mask_strides[1] + i * a.mask_strides[2];
-  const int64_t step = a.mask_strides[3];
-  if (a.mask->dtype == DType::kBool) {
-    const uint8_t* keep = a.mask->as<uint8_t>() + at;
-    for (int64_t j = 0; j < seen; ++j) row[j] = keep[j * step] != 0 ? row[j] : -kInfinity;
-    return;
+  if (a.mask == nullptr) {
+    scale_and_mask<float>(a.scale, nullptr, 0, seen, row);
+  } else if (a.mask->dtype == DType::kBool) {
+    scale_and_mask(a.scale, a.mask->as<uint8_t>() + at, a.mask_strides[3], seen, row);
+  } else {
+    scale_and_mask(a.scale, a.mask->as<float>() + at, a.mask_strides[3], seen, row);
   }
-  const float* add = a.mask->as<float>() + at;
-  for (int64_t j = 0; j < seen; ++j) row[j] += add[j * step];
+  if (!a.causal) return;
+  for (int64_t j = i + 1; j < seen; ++j) row[j] = -kInfinity;
 }
 
 inline void Attention::scores(int64_t b, int64_t h, int64_t begin, int64_t end, float* to,
@@ -108,11 +129,7 @@ inline void Attention::scores(int64_t b, int64_t h, int64_t begin, int64_t end, 
         k.from((b * key_heads + key_head(h)) * keys * depth), depth, true, to, score_pitch());
   gemm_alone(g, scratch);
   for (int64_t i = begin; i < end; ++i) {
-    float* row = to + (i - begin) * score_pitch();
-    for_vectors(0, seen, [&](int64_t j, int64_t valid) POCKC_LAMBDA {
-      store_n(row + j, load_n(row + j, valid) * splat(scale), valid);
-    });
-    mask_row(*this, b, h, i, seen, row);
+    finish_row(*this, b, h, i, seen, to + (i - begin) * score_pitch());
   }
 }
 

@@ -11,9 +11,9 @@ namespace {
 // As if every left matrix were copied, which not all are: the most that any of the products asks for.
 int64_t product_scratch(const Attention& a) {
   const int64_t rows = a.block_rows(), widest = maximum(a.depth, a.value_depth);
-  const int64_t scores = part_scratch(rows, a.keys, widest, true);
-  return maximum(maximum(scores, part_scratch(rows, a.depth, a.keys, true)),
-                 part_scratch(a.keys, widest, rows, true));
+  const int64_t scores = part_scratch(rows, a.keys, widest, Copied::kRows);
+  return maximum(maximum(scores, part_scratch(rows, a.depth, a.keys, Copied::kRows)),
+                 part_scratch(a.keys, widest, rows, Copied::kColumns));
 }
 int64_t thread_floats(const Attention& a) {
   return 2 * a.block_rows() * a.score_pitch() + product_scratch(a);

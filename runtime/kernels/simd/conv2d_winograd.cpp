@@ -43,7 +43,7 @@ struct Plan {
   int64_t product_scratch() const {
     LeftMatrix a;
     a.stride = depth;
-    return part_scratch(block_tiles, block_columns, depth, is_copied(a));
+    return part_scratch(block_tiles, block_columns, depth, copied(a));
   }
   bool is_threaded() const { return places() * block_tiles * block_columns * depth >= kThreadedWork; }
   int64_t floats(int threads) const {

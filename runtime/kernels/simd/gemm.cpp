@@ -10,7 +10,8 @@ namespace {
 
 // --- B ---
 
-// One vector-wide column strip of the panel from rows of B transposed: element k0 + k of row n0 + n.
+// One vector-wide column strip of the panel from rows of B transposed: element k0 + k of row n0 + n. The rows
+// of the strip that follows are asked of the memory meanwhile.
 template <typename Rows>
 void pack_transposed(const Rows& rows, int64_t n0, int64_t k0, int64_t depth, int64_t columns, float* to,
                      int64_t to_stride) {
@@ -19,6 +20,10 @@ void pack_transposed(const Rows& rows, int64_t n0, int64_t k0, int64_t depth, in
     vf x[W];
     POCKC_UNROLL
     for (int i = 0; i < W; ++i) x[i] = i < columns ? rows.load(n0 + i, k0 + k, valid) : vf{};
+    if (k % kLineFloats == 0) {
+      POCKC_UNROLL
+      for (int i = 0; i < W; ++i) rows.ask(n0 + W + i, k0 + k);
+    }
     transpose_square<1>(x);
     if (valid == W) {
       POCKC_UNROLL
@@ -51,23 +56,51 @@ POCKC_INLINE void copy_row(const Rows& rows, int64_t row, int64_t offset, int64_
 
 int64_t panel_width(int64_t columns) { return round_up(minimum<int64_t>(columns, kTileColumns), W); }
 
+// Rows of B or of a transposed A: what is asked of the memory before it is copied.
+constexpr int64_t kRowsAhead = 8;
+// Panels of B that are packed together: their part of a row is several cache lines, side by side.
+constexpr int64_t kPanelsPacked = 64 / kTileColumns;
+
+// `columns` of all rows of the block, of up to kPanelsPacked panels.
 template <typename Rows>
-void pack_rows(const Rows& rows, const RightMatrix& b, int64_t k0, int64_t depth, int64_t n0, int64_t columns,
-               float* to) {
-  const int64_t width = panel_width(columns);
-  if (b.transposed) {
-    for (int64_t n = 0; n < columns; n += W) {
-      pack_transposed(rows, n0 + n, k0, depth, columns - n, to + n, width);
-    }
-    return;
-  }
+void pack_panels(const Rows& rows, const RightMatrix& b, int64_t k0, int64_t depth, int64_t n0,
+                 int64_t columns, float* to) {
+  const int64_t whole = columns / kTileColumns * kTileColumns, width = panel_width(columns - whole);
   for (int64_t k = 0; k < depth; ++k) {
+    if (k + kRowsAhead < depth) {
+      const RightRow later(b, k0 + k + kRowsAhead);
+      for (int64_t n = 0; n < columns; n += kLineFloats) rows.ask(later.row, later.offset + n0 + n);
+    }
     const RightRow at(b, k0 + k);
-    copy_row(rows, at.row, at.offset + n0, columns, to + k * width);
+    float* panel = to + k * kTileColumns;
+    for (int64_t n = 0; n < whole; n += kTileColumns, panel += depth * kTileColumns) {
+      POCKC_UNROLL
+      for (int64_t i = 0; i < kTileColumns; i += W)
+        store(panel + i, rows.load(at.row, at.offset + n0 + n + i, W));
+    }
+    if (whole < columns)
+      copy_row(rows, at.row, at.offset + n0 + whole, columns - whole, to + whole * depth + k * width);
   }
 }
 
-void pack_panel(const RightMatrix& b, int64_t k0, int64_t depth, int64_t n0, int64_t columns, float* to) {
+// The columns [n0, n0 + columns) of the block.
+template <typename Rows>
+void pack_rows(const Rows& rows, const RightMatrix& b, int64_t k0, int64_t depth, int64_t n0, int64_t columns,
+               float* to) {
+  const int64_t together = (b.transposed ? 1 : kPanelsPacked) * kTileColumns;
+  for (int64_t n = 0; n < columns; n += together) {
+    const int64_t valid = minimum(columns - n, together);
+    if (!b.transposed) {
+      pack_panels(rows, b, k0, depth, n0 + n, valid, to + n * depth);
+      continue;
+    }
+    for (int64_t i = 0; i < valid; i += W) {
+      pack_transposed(rows, n0 + n + i, k0, depth, valid - i, to + n * depth + i, panel_width(valid));
+    }
+  }
+}
+
+void pack_block(const RightMatrix& b, int64_t k0, int64_t depth, int64_t n0, int64_t columns, float* to) {
   if (b.compact.data == nullptr) {
     pack_rows(FloatRows{b.data, b.stride}, b, k0, depth, n0, columns, to);
     return;
@@ -132,18 +165,20 @@ LeftPanel prepare_left(const Gemm& gemm, int64_t m0, int rows, int64_t k0, int64
   return {copy, stride, true};
 }
 
-// Panels of a transposed A that are copied together: a step of k is one or two cache lines, of which a panel
-// alone would use a part. As many as there is scratch memory for, the same as for rows.
+// A panel of a transposed A that is used for few tiles is read where it lies.
 constexpr int64_t kPanelWidth = (kTileRows + W - 1) / W * W;
-constexpr int64_t kPanelsTogether = kMaxRows / kPanelWidth;
 
-// A panel that is used for few tiles is read where it lies.
+// Between copied panels: padded, so that they do not share cache sets.
+int64_t panel_pitch(int64_t depth) { return (depth + kPadding) * kPanelWidth; }
+
 bool is_transposed_copied(const LeftMatrix& a, int64_t columns) {
   if (!a.transposed || a.patches != nullptr) return false;
   return is_half(a.dtype) || conflicts(a.stride) || columns > 2 * kTileColumns;
 }
 
-// The panels `first` to `end` of the rows [m0, m1), each [k][kPanelWidth], of a matrix of T.
+// The panels `first` to `end` of the rows [m0, m1), each [k][kPanelWidth], of a matrix of T: as many together
+// as there is scratch memory for, because a step of k is a few cache lines, of which a panel alone would use
+// a part.
 template <typename T>
 void copy_transposed(const Gemm& gemm, const RowSplit& split, int64_t first, int64_t end, int64_t k0,
                      int64_t depth, float* copy) {
@@ -151,20 +186,25 @@ void copy_transposed(const Gemm& gemm, const RowSplit& split, int64_t first, int
   // Whole vectors where the matrix goes on: what lies beyond the rows of a panel is never used.
   const T* data = static_cast<const T*>(a.data);
   const T* limit = data + (gemm.k - 1) * a.stride + gemm.m;
-  int64_t row[kPanelsTogether] = {};
+  int64_t row[kMostRows / kPanelWidth] = {};
   for (int64_t p = first; p < end; ++p) row[p - first] = split.begin(p);
+  const int64_t panels = end - first, span = row[panels - 1] + kPanelWidth - row[0];
   for (int64_t k = 0; k < depth; ++k) {
     const T* line = data + (k0 + k) * a.stride;
-    for (int64_t p = 0; p < end - first; ++p) {
-      const T* from = line + row[p];
-      float* to = copy + (p * depth + k) * kPanelWidth;
+    float* to = copy + k * kPanelWidth;
+    if (limit - (line + row[0]) >= span) {
+      const T* later = line + minimum(kRowsAhead, depth - 1 - k) * a.stride + row[0];
+      for (int64_t i = 0; i < span; i += kLineFloats) __builtin_prefetch(later + i);
+      for (int64_t p = 0; p < panels; ++p, to += panel_pitch(depth)) {
+        POCKC_UNROLL
+        for (int64_t i = 0; i < kPanelWidth; i += W) store(to + i, load(line + row[p] + i));
+      }
+      continue;
+    }
+    for (int64_t p = 0; p < panels; ++p, to += panel_pitch(depth)) {
       for (int64_t i = 0; i < kPanelWidth; i += W) {
-        const int64_t left = limit - (from + i);
-        if (left >= W) {
-          store(to + i, load(from + i));
-        } else if (left > 0) {
-          store_partial(to + i, load_partial(from + i, left), left);
-        }
+        const int64_t left = minimum<int64_t>(limit - (line + row[p] + i), W);
+        if (left > 0) store_n(to + i, load_n(line + row[p] + i, left), left);
       }
     }
   }
@@ -179,18 +219,17 @@ struct Block {
 
 void prepare_right(const Gemm& gemm, int64_t k0, int64_t depth, int64_t n0, int64_t columns, bool direct,
                    float* packed, Block* block) {
-  if (gemm.b.patches != nullptr) pack_patches(*gemm.b.patches, k0, depth, n0, columns, packed);
+  const int64_t whole =
+      direct ? columns / kTileColumns * kTileColumns : 0;  // columns that stay where they are
+  if (gemm.b.patches != nullptr) {
+    pack_patches(*gemm.b.patches, k0, depth, n0, columns, packed);
+  } else if (whole < columns) {
+    pack_block(gemm.b, k0, depth, n0 + whole, columns - whole, packed + whole * depth);
+  }
   for (int64_t n = 0, index = 0; n < columns; n += kTileColumns, ++index) {
-    const int64_t width = panel_width(columns - n);
-    block->panel[index] = packed + n * depth;
-    block->stride[index] = width;
-    if (gemm.b.patches != nullptr) continue;
-    if (direct && columns - n >= kTileColumns) {
-      block->panel[index] = gemm.b.data + k0 * gemm.b.stride + n0 + n;
-      block->stride[index] = gemm.b.stride;
-      continue;
-    }
-    pack_panel(gemm.b, k0, depth, n0 + n, minimum<int64_t>(columns - n, kTileColumns), packed + n * depth);
+    const bool stays = n < whole;
+    block->panel[index] = stays ? gemm.b.data + k0 * gemm.b.stride + n0 + n : packed + n * depth;
+    block->stride[index] = stays ? gemm.b.stride : panel_width(columns - n);
   }
 }
 
@@ -272,10 +311,10 @@ bool has_next_right(const Gemm& gemm, int64_t k, int64_t columns) {
 
 // All panels of A with one block of B.
 void multiply_block(const Gemm& gemm, const RowSplit& split, int64_t k0, int64_t depth, int64_t n0,
-                    int64_t columns, const Block& block, float* scratch) {
+                    int64_t columns, const Block& block, int64_t copied_rows, float* scratch) {
   const int64_t tiles = divide_up(columns, kTileColumns);
   // Panels of A that are copied before they are used; 0: see prepare_left.
-  const int64_t together = is_transposed_copied(gemm.a, columns) ? kPanelsTogether : 0;
+  const int64_t together = is_transposed_copied(gemm.a, columns) ? copied_rows / kPanelWidth : 0;
   const bool asks = tiles >= Ahead::kLeastTiles && depth >= kPrefetchDepth && gemm.a.patches == nullptr &&
                     !is_half(gemm.a.dtype);
   Ahead right_ahead;
@@ -285,37 +324,39 @@ void multiply_block(const Gemm& gemm, const RowSplit& split, int64_t k0, int64_t
                    minimum(kDepth, gemm.k - k0 - depth), split.panels * tiles};
   }
   Ahead* right_pointer = right_ahead.pieces > 0 ? &right_ahead : nullptr;
-  int64_t row = split.m0;
-  for (int64_t p = 0, place = 0; p < split.panels; ++p) {
-    const int64_t next = split.begin(p + 1);
-    const int rows = static_cast<int>(next - row);
-    LeftPanel left;
-    if (together > 0) {
-      if (place == 0) {
-        const int64_t end = minimum(split.panels, p + together);
+  const int64_t group = maximum<int64_t>(1, together);
+  Ahead left_ahead;
+  for (int64_t p = 0; p < split.panels; ++p) {
+    const int64_t row = split.begin(p), place = p % group;
+    if (place == 0) {
+      const int64_t next = minimum(split.panels, p + group), after = minimum(split.panels, next + group);
+      if (together > 0) {
         with_elements(gemm.a.dtype, [&](auto zero) {
-          copy_transposed<decltype(zero)>(gemm, split, p, end, k0, depth, scratch);
+          copy_transposed<decltype(zero)>(gemm, split, p, next, k0, depth, scratch);
         });
       }
-      left = {scratch + place * depth * kPanelWidth, kPanelWidth, false};
-      place = place + 1 < together ? place + 1 : 0;
-    } else {
-      left = prepare_left(gemm, row, rows, k0, depth, scratch);
+      left_ahead = Ahead();
+      if (asks && next < after) {
+        left_ahead =
+            ahead_of_left(gemm.a, split.begin(next), split.begin(after), k0, depth, tiles * (next - p));
+      }
     }
-    if (asks && p + 1 < split.panels && place == 0) {
-      const int64_t after = split.begin(minimum(split.panels, p + 1 + maximum<int64_t>(1, together)));
-      Ahead left_ahead = ahead_of_left(gemm.a, next, after, k0, depth, tiles);
-      multiply_panel(gemm, left, block, row, rows, k0, depth, n0, columns, &left_ahead, right_pointer);
-    } else {
-      multiply_panel(gemm, left, block, row, rows, k0, depth, n0, columns, nullptr, right_pointer);
-    }
-    row = next;
+    const int rows = static_cast<int>(split.begin(p + 1) - row);
+    const LeftPanel left = together > 0 ? LeftPanel{scratch + place * panel_pitch(depth), kPanelWidth, false}
+                                        : prepare_left(gemm, row, rows, k0, depth, scratch);
+    multiply_panel(gemm, left, block, row, rows, k0, depth, n0, columns,
+                   left_ahead.pieces > 0 ? &left_ahead : nullptr, right_pointer);
   }
 }
 
-// Floats of the panel of A.
-int64_t left_scratch(int64_t k, bool copied) {
-  return copied ? kMaxRows * (minimum(k, kDepth) + kPadding) : 0;
+// Rows of A that scratch memory is for.
+int64_t copied_rows(Copied copied, int64_t block) {
+  if (copied == Copied::kNo) return 0;
+  return copied == Copied::kColumns && block == kColumns ? kMostRows : kMaxRows;
+}
+
+int64_t left_scratch(int64_t k, Copied copied, int64_t block) {
+  return copied_rows(copied, block) * (minimum(k, kDepth) + kPadding);
 }
 
 // Rows or columns are split, the longer side in tiles: the other operand is then packed by every thread,
@@ -333,30 +374,31 @@ int64_t rows_each(const Gemm& gemm, int threads) {
 
 }  // namespace
 
-bool is_copied(const LeftMatrix& a) {
-  return a.patches != nullptr || a.transposed || is_half(a.dtype) || conflicts(a.stride);
+Copied copied(const LeftMatrix& a) {
+  if (a.patches == nullptr && a.transposed) return Copied::kColumns;
+  return a.patches != nullptr || is_half(a.dtype) || conflicts(a.stride) ? Copied::kRows : Copied::kNo;
 }
 
 // In place, up to 512 rows x kDepth floats are read again from the second-level cache. Copying costs one
 // column's worth of time per block, or more; there the limits are lower.
-int64_t block_columns(int64_t rows, bool copied) {
-  if (copied) return rows <= 192 ? 192 : kColumns;
+int64_t block_columns(int64_t rows, Copied copied) {
+  if (copied != Copied::kNo) return rows <= 192 ? 192 : kColumns;
   return rows <= 64 ? 48 : rows <= 256 ? 96 : rows <= 512 ? 192 : kColumns;
 }
 
-int64_t part_scratch(int64_t rows, int64_t n, int64_t k, bool copied, bool narrowed) {
-  const int64_t columns = minimum(round_up(n, 16), block_columns(rows, copied));
+int64_t part_scratch(int64_t rows, int64_t n, int64_t k, Copied copied, bool narrowed) {
+  const int64_t block = block_columns(rows, copied), columns = minimum(round_up(n, 16), block);
   const int64_t sums = narrowed ? minimum(rows, kSumFloats / columns) * columns : 0;
-  return round_up(left_scratch(k, copied) + minimum(k, kDepth) * columns, 16) + round_up(sums, 16);
+  return round_up(left_scratch(k, copied, block) + minimum(k, kDepth) * columns, 16) + round_up(sums, 16);
 }
 
 int64_t gemm_scratch(const Gemm& gemm, int threads) {
-  const bool copied = is_copied(gemm.a);
+  const Copied copy = copied(gemm.a);
   const bool narrowed = is_half(gemm.c.dtype);
-  int64_t most = part_scratch(gemm.m, gemm.n, gemm.k, copied, narrowed);
+  int64_t most = part_scratch(gemm.m, gemm.n, gemm.k, copy, narrowed);
   if (!is_threaded(gemm, threads)) return most;
   for (int count = 2; count <= threads; ++count) {
-    most = maximum(most, count * part_scratch(rows_each(gemm, count), gemm.n, gemm.k, copied, narrowed));
+    most = maximum(most, count * part_scratch(rows_each(gemm, count), gemm.n, gemm.k, copy, narrowed));
   }
   return most;
 }
@@ -371,14 +413,15 @@ void multiply_part(const Gemm& gemm, int64_t m0, int64_t m1, int64_t n0, int64_t
   const bool direct = split.panels <= 2 && !gemm.b.transposed && gemm.b.patches == nullptr &&
                       gemm.b.group_offsets == nullptr && gemm.b.compact.data == nullptr;
   const int64_t step = block / kTileColumns * kTileColumns;
-  float* packed = scratch + left_scratch(gemm.k, is_copied(gemm.a));
+  const Copied copy = copied(gemm.a);
+  float* packed = scratch + left_scratch(gemm.k, copy, block);
   for (int64_t n = n0; n < n1; n += step) {
     const int64_t columns = minimum(step, n1 - n);
     for (int64_t k = 0; k < gemm.k; k += kDepth) {
       const int64_t depth = minimum(kDepth, gemm.k - k);
       Block panel;
       prepare_right(gemm, k, depth, n, columns, direct, packed, &panel);
-      multiply_block(gemm, split, k, depth, n, columns, panel, scratch);
+      multiply_block(gemm, split, k, depth, n, columns, panel, copied_rows(copy, block), scratch);
     }
   }
 }
@@ -434,7 +477,7 @@ void gemm_part(const Gemm& gemm, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
 }
 
 void gemm_alone(const Gemm& gemm, float* scratch) {
-  gemm_part(gemm, 0, gemm.m, 0, gemm.n, block_columns(gemm.m, is_copied(gemm.a)), scratch);
+  gemm_part(gemm, 0, gemm.m, 0, gemm.n, block_columns(gemm.m, copied(gemm.a)), scratch);
 }
 
 void gemm_parallel(const Call& call, const Gemm& gemm, float* scratch) {
@@ -443,9 +486,9 @@ void gemm_parallel(const Call& call, const Gemm& gemm, float* scratch) {
     gemm_alone(gemm, scratch);
     return;
   }
-  const bool copied = is_copied(gemm.a);
-  const int64_t rows = rows_each(gemm, threads), block = block_columns(rows, copied);
-  const int64_t each = part_scratch(rows, gemm.n, gemm.k, copied, is_half(gemm.c.dtype));
+  const Copied copy = copied(gemm.a);
+  const int64_t rows = rows_each(gemm, threads), block = block_columns(rows, copy);
+  const int64_t each = part_scratch(rows, gemm.n, gemm.k, copy, is_half(gemm.c.dtype));
   if (splits_rows(gemm)) {
     parallel(call, gemm.m, kTileRows, [&](int64_t begin, int64_t end, int thread) {
       gemm_part(gemm, begin, end, 0, gemm.n, block, scratch + thread * each);

@@ -4,9 +4,14 @@
 // Blocking. A block of B of kDepth x block_columns is packed into panels as wide as the microkernel's tile;
 // it stays in the second-level cache while panels of up to kMaxRows rows of A pass over it, each of which
 // stays in the first level. A row-major A is read where it lies (a broadcast does not care for stride); only
-// image patches, and layouts that would fall on the same cache sets, are copied, kMaxRows rows at a time. So
-// the scratch memory is one block of B and, for such an A, one panel of it per thread, and no matrix is ever
+// image patches, and layouts that would fall on the same cache sets, are copied, kMaxRows rows at a time; a
+// transposed A is copied kMostRows at a time where there are many, so that whole cache lines are used. So the
+// scratch memory is one block of B and, for such an A, a few panels of it per thread, and no matrix is ever
 // packed as a whole.
+//
+// Latency. Copies run at the speed of the memory only if it is asked early: the pieces of a row that a block
+// needs are too short for the hardware to run ahead. So packing asks for later rows, and panels of A are
+// asked for while the ones before them are multiplied.
 //
 // A block of columns costs one more pass over A, from the cache as long as kDepth columns of A fit there. So
 // a thread with few rows takes narrow blocks: that costs no time, and the scratch memory of a small product
@@ -34,6 +39,7 @@ constexpr int64_t kThreadedWork = 256 * 1024;  // multiply-adds; waking threads 
 constexpr int kMaxRows = 16;                   // no tile has more rows
 constexpr int64_t kSumFloats =
     64 * 1024;  // of a C of halves that wait to be rounded: in the second-level cache
+constexpr int64_t kMostRows = 32;              // of a transposed A are copied together
 constexpr int64_t kPadding =
     16;  // floats after each copied row of A: against cache set conflicts, and for kOverrun
 
@@ -108,13 +114,14 @@ struct Gemm {
   bool accumulate = false;  // add to C
 };
 
-// Whether panels of A are copied to scratch memory before they are used.
-bool is_copied(const LeftMatrix& a);
+// Whether panels of A are copied to scratch memory before they are used: one by one, or in groups.
+enum class Copied { kNo, kRows, kColumns };
+Copied copied(const LeftMatrix& a);
 // Columns of one block where a thread has that many rows.
-int64_t block_columns(int64_t rows, bool copied);
+int64_t block_columns(int64_t rows, Copied copied);
 // Scratch floats for one thread (a multiple of 16): never less for more rows, for a copied A, or for a C that
 // is narrowed. This, and what follows, is the same for every instruction set.
-int64_t part_scratch(int64_t rows, int64_t n, int64_t k, bool copied, bool narrowed = false);
+int64_t part_scratch(int64_t rows, int64_t n, int64_t k, Copied copied, bool narrowed = false);
 // Scratch floats of gemm_parallel on that many threads: never less for more of them.
 int64_t gemm_scratch(const Gemm& gemm, int threads);
 

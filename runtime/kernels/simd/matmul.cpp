@@ -74,7 +74,7 @@ Gemm batch_item(const Call& call, const Product& product, int64_t batch) {
 }
 
 int64_t item_scratch(const Gemm& g) {
-  return part_scratch(g.m, g.n, g.k, is_copied(g.a), is_half(g.c.dtype));
+  return part_scratch(g.m, g.n, g.k, copied(g.a), is_half(g.c.dtype));
 }
 
 int64_t scratch(const Product& product, int threads) {

@@ -33,10 +33,8 @@
 #define POCKC_LAMBDA __attribute__((always_inline))
 #if defined(__clang__)
 #define POCKC_UNROLL _Pragma("unroll 32")
-#define POCKC_UNROLL_TWICE _Pragma("unroll 2")
 #else
 #define POCKC_UNROLL _Pragma("GCC unroll 32")
-#define POCKC_UNROLL_TWICE _Pragma("GCC unroll 2")
 #endif
 
 // Whether __builtin_fmaf is one instruction here: a call of the C library's would be slow.

@@ -87,6 +87,43 @@ void transpose_matrix(const float* from, int64_t rows, int64_t columns, int64_t 
   }
 }
 
+// Where the runs of consecutive output rows begin in the input: counters, because a division takes as long as
+// copying a short run.
+struct RowWalk {
+  const Permutation& p;
+  int64_t index[kMaxRank] = {};  // of the output's axes, without the last
+  int64_t offset = 0;
+
+  RowWalk(const Permutation& p, int64_t row) : p(p) {
+    for (int i = p.rank - 2; i >= 0; --i) {
+      index[i] = row % size(i);
+      offset += index[i] * stride(i);
+      row /= size(i);
+    }
+  }
+  POCKC_INLINE int64_t size(int i) const { return p.dims[p.order[i]]; }
+  POCKC_INLINE int64_t stride(int i) const { return p.strides[p.order[i]]; }
+  POCKC_INLINE void next() {
+    for (int i = p.rank - 2; i >= 0; --i) {
+      offset += stride(i);
+      if (++index[i] < size(i)) return;
+      offset -= size(i) * stride(i);
+      index[i] = 0;
+    }
+  }
+};
+
+constexpr int64_t kRowsAhead = 8;  // that are asked of the memory: the hardware does not foresee their places
+constexpr int64_t kAskedFloats = 64;  // of each; from there on it does
+
+void copy_rows(const Permutation& p, const float* x, int64_t run, int64_t begin, int64_t end, float* out) {
+  RowWalk at(p, begin), later(p, begin + kRowsAhead);  // past the last row it is at the first ones again
+  for (int64_t row = begin; row < end; ++row, at.next(), later.next()) {
+    for (int64_t i = 0; i < minimum(run, kAskedFloats); i += 16) __builtin_prefetch(x + later.offset + i);
+    copy_run(out + row * run, x + at.offset, run);
+  }
+}
+
 }  // namespace
 
 bool accepts_transpose(const Call& call) {
@@ -123,17 +160,8 @@ Status run_transpose(const Call& call) {
   }
   const int64_t run = p.rank == 0 ? 1 : p.dims[p.rank - 1];
   const int64_t rows = count / run;
-  parallel(call, rows, maximum<int64_t>(1, kElementGrain / run), [&](int64_t begin, int64_t end, int) {
-    for (int64_t row = begin; row < end; ++row) {
-      int64_t offset = 0, rest = row;
-      for (int i = p.rank - 2; i >= 0; --i) {
-        const int64_t size = p.dims[p.order[i]];
-        offset += rest % size * p.strides[p.order[i]];
-        rest /= size;
-      }
-      copy_run(out + row * run, x + offset, run);
-    }
-  });
+  parallel(call, rows, maximum<int64_t>(1, kElementGrain / run),
+           [&](int64_t begin, int64_t end, int) { copy_rows(p, x, run, begin, end, out); });
   return PK_OK;
 }
 

@@ -2,8 +2,9 @@
 // no weight is ever decoded as a whole.
 //
 // load(row, column, n): the first n elements from there in the lower lanes of a vector; what the other lanes
-// hold is not said. Nothing is read outside of the row. One multiplication per element, as in compact.h: the
-// same bits for every instruction set.
+// hold is not said. Nothing is read outside of the row. ask(row, column) brings the cache line of an element;
+// the row need not exist. One multiplication per element, as in compact.h: the same bits for every
+// instruction set.
 #ifndef POCKC_SIMD_WEIGHTS_H_
 #define POCKC_SIMD_WEIGHTS_H_
 
@@ -36,6 +37,9 @@ struct FloatRows {
   POCKC_INLINE vf load(int64_t row, int64_t column, int64_t n) const {
     return load_n(data + row * stride + column, n);
   }
+  POCKC_INLINE void ask(int64_t row, int64_t column) const {
+    __builtin_prefetch(data + row * stride + column);
+  }
 };
 
 struct Bf16Rows {
@@ -44,6 +48,9 @@ struct Bf16Rows {
   POCKC_INLINE vf load(int64_t row, int64_t column, int64_t n) const {
     const auto halves = load_narrow<narrow_halves>(rows.data + row * rows.stride + 2 * column, n);
     return float_of_bits(reinterpret_cast<vi>(__builtin_convertvector(halves, vu) << 16));
+  }
+  POCKC_INLINE void ask(int64_t row, int64_t column) const {
+    __builtin_prefetch(rows.data + row * rows.stride + 2 * column);
   }
 };
 
@@ -65,6 +72,9 @@ struct Q8Rows {
     const vi codes = __builtin_convertvector(load_narrow<narrow_codes>(from + rows.codes + column, n), vi);
     return __builtin_convertvector(codes, vf) * splat(f32_at(from));
   }
+  POCKC_INLINE void ask(int64_t row, int64_t column) const {
+    __builtin_prefetch(rows.data + row * rows.stride + rows.codes + column);
+  }
 };
 
 struct Q4Rows {
@@ -79,6 +89,10 @@ struct Q4Rows {
     const vi both = __builtin_convertvector(load_narrow<narrow_pairs>(pairs, W), vi);
     const vi codes = inside < kGroup / 2 ? both & 15 : both >> 4;
     return __builtin_convertvector(codes - 8, vf) * splat(bf16_at(from + 2 * group));
+  }
+
+  POCKC_INLINE void ask(int64_t row, int64_t column) const {
+    __builtin_prefetch(rows.data + row * rows.stride + rows.codes + column / 2);
   }
 
   // From the middle of a vector: the taps of a convolution begin anywhere in a row.
