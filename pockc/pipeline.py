@@ -104,7 +104,9 @@ LOWER: tuple[Pass, ...] = (
     Pass("dce", dce.run),
     Pass("fuse", fuse.run, "lowered", optional=True),  # after differentiation: gradients read unfused nodes
     Pass("duplicate", duplicate.run, "lowered", optional=True),  # before the order is chosen
-    Pass("tile-vocabulary", tile_vocabulary.run, "lowered", optional=True),  # gradients and updates are final by now
+    Pass(
+        "tile-vocabulary", tile_vocabulary.run, "lowered", optional=True, targeted=True
+    ),  # gradients and updates are final by now
     Pass("mixed-precision", mixed_precision.run, "lowered"),  # every activation is known, and no memory weighed yet
     Pass("compress-saved", compress_saved.run, "lowered"),  # before what is saved is weighed
     Pass("fit-memory", fit_memory.run, "lowered", optional=True, targeted=True),  # after cse, which would undo it
