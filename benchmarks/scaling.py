@@ -75,7 +75,7 @@ def operations(case: Case, trained: Sequence[str]) -> int:
     with FlopCounterMode(display=False) as counter:
         loss = pytorch_peer.training_loss(model, memory_peer.batch_of(inputs, case.loss), case.loss)
         loss.backward()  # type: ignore[no-untyped-call]
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 def measure_series(series: Series, scheme: str, sides: Sides, seconds: float) -> list[Point]:

@@ -62,6 +62,9 @@ struct HalfRows {
   POCKC_INLINE vf load(int64_t row, int64_t column, int64_t n) const {
     return load_n(reinterpret_cast<const Half*>(rows.data + row * rows.stride) + column, n);
   }
+  POCKC_INLINE void ask(int64_t row, int64_t column) const {
+    __builtin_prefetch(rows.data + row * rows.stride + 2 * column);
+  }
 };
 
 struct Q8Rows {
