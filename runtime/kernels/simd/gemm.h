@@ -38,8 +38,8 @@ constexpr int64_t kColumns = 384;  // most columns of a block: kDepth x kColumns
 constexpr int64_t kThreadedWork = 256 * 1024;  // multiply-adds; waking threads costs more than half of less
 constexpr int kMaxRows = 16;                   // no tile has more rows
 constexpr int64_t kSumFloats =
-    64 * 1024;  // of a C of halves that wait to be rounded: in the second-level cache
-constexpr int64_t kMostRows = 32;              // of a transposed A are copied together
+    64 * 1024;                     // of a C of halves that wait to be rounded: in the second-level cache
+constexpr int64_t kMostRows = 32;  // of a transposed A are copied together
 constexpr int64_t kPadding =
     16;  // floats after each copied row of A: against cache set conflicts, and for kOverrun
 

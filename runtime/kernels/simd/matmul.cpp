@@ -73,9 +73,7 @@ Gemm batch_item(const Call& call, const Product& product, int64_t batch) {
   return g;
 }
 
-int64_t item_scratch(const Gemm& g) {
-  return part_scratch(g.m, g.n, g.k, copied(g.a), is_half(g.c.dtype));
-}
+int64_t item_scratch(const Gemm& g) { return part_scratch(g.m, g.n, g.k, copied(g.a), is_half(g.c.dtype)); }
 
 int64_t scratch(const Product& product, int threads) {
   const int64_t whole_items = minimum<int64_t>(threads, product.batch) * item_scratch(product.gemm);
