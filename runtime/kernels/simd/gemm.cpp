@@ -1,127 +1,12 @@
-// Packing and the loops around the microkernel: see gemm.h.
+// Panels of A, and the loops around the microkernel: see gemm.h.
 #include "simd/gemm.h"
 
 #include "simd/gemm_kernel.h"
-#include "simd/transpose_square.h"
+#include "simd/gemm_pack.h"
 
 namespace pockc {
 namespace POCKC_SIMD_NAMESPACE {
 namespace {
-
-// --- B ---
-
-// One vector-wide column strip of the panel from rows of B transposed: element k0 + k of row n0 + n. The rows
-// of the strip that follows are asked of the memory meanwhile.
-template <typename Rows>
-void pack_transposed(const Rows& rows, int64_t n0, int64_t k0, int64_t depth, int64_t columns, float* to,
-                     int64_t to_stride) {
-  for (int64_t k = 0; k < depth; k += W) {
-    const int64_t valid = minimum<int64_t>(W, depth - k);
-    vf x[W];
-    POCKC_UNROLL
-    for (int i = 0; i < W; ++i) x[i] = i < columns ? rows.load(n0 + i, k0 + k, valid) : vf{};
-    if (k % kLineFloats == 0) {
-      POCKC_UNROLL
-      for (int i = 0; i < W; ++i) rows.ask(n0 + W + i, k0 + k);
-    }
-    transpose_square<1>(x);
-    if (valid == W) {
-      POCKC_UNROLL
-      for (int i = 0; i < W; ++i) store(to + (k + i) * to_stride, x[i]);
-    } else {
-      for (int i = 0; i < valid; ++i) store(to + (k + i) * to_stride, x[i]);
-    }
-  }
-}
-
-// Where row k of B begins: a stored row, and the offset into it.
-struct RightRow {
-  int64_t row, offset;
-
-  POCKC_INLINE RightRow(const RightMatrix& b, int64_t k) : row(k), offset(0) {
-    if (b.group_offsets == nullptr) return;
-    const int64_t group = k / b.group_size;
-    row = k - group * b.group_size;
-    offset = b.group_offsets[group];
-  }
-};
-
-// `columns` floats of a row, then anything up to a whole vector: those columns of C are never stored.
-template <typename Rows>
-POCKC_INLINE void copy_row(const Rows& rows, int64_t row, int64_t offset, int64_t columns, float* to) {
-  for_vectors(0, columns, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
-    store(to + i, rows.load(row, offset + i, valid));
-  });
-}
-
-int64_t panel_width(int64_t columns) { return round_up(minimum<int64_t>(columns, kTileColumns), W); }
-
-// Rows of B or of a transposed A: what is asked of the memory before it is copied.
-constexpr int64_t kRowsAhead = 8;
-// Panels of B that are packed together: their part of a row is several cache lines, side by side.
-constexpr int64_t kPanelsPacked = 64 / kTileColumns;
-
-// `columns` of all rows of the block, of up to kPanelsPacked panels.
-template <typename Rows>
-void pack_panels(const Rows& rows, const RightMatrix& b, int64_t k0, int64_t depth, int64_t n0,
-                 int64_t columns, float* to) {
-  const int64_t whole = columns / kTileColumns * kTileColumns, width = panel_width(columns - whole);
-  for (int64_t k = 0; k < depth; ++k) {
-    if (k + kRowsAhead < depth) {
-      const RightRow later(b, k0 + k + kRowsAhead);
-      for (int64_t n = 0; n < columns; n += kLineFloats) rows.ask(later.row, later.offset + n0 + n);
-    }
-    const RightRow at(b, k0 + k);
-    float* panel = to + k * kTileColumns;
-    for (int64_t n = 0; n < whole; n += kTileColumns, panel += depth * kTileColumns) {
-      POCKC_UNROLL
-      for (int64_t i = 0; i < kTileColumns; i += W)
-        store(panel + i, rows.load(at.row, at.offset + n0 + n + i, W));
-    }
-    if (whole < columns)
-      copy_row(rows, at.row, at.offset + n0 + whole, columns - whole, to + whole * depth + k * width);
-  }
-}
-
-// The columns [n0, n0 + columns) of the block.
-template <typename Rows>
-void pack_rows(const Rows& rows, const RightMatrix& b, int64_t k0, int64_t depth, int64_t n0, int64_t columns,
-               float* to) {
-  const int64_t together = (b.transposed ? 1 : kPanelsPacked) * kTileColumns;
-  for (int64_t n = 0; n < columns; n += together) {
-    const int64_t valid = minimum(columns - n, together);
-    if (!b.transposed) {
-      pack_panels(rows, b, k0, depth, n0 + n, valid, to + n * depth);
-      continue;
-    }
-    for (int64_t i = 0; i < valid; i += W) {
-      pack_transposed(rows, n0 + n + i, k0, depth, valid - i, to + n * depth + i, panel_width(valid));
-    }
-  }
-}
-
-void pack_block(const RightMatrix& b, int64_t k0, int64_t depth, int64_t n0, int64_t columns, float* to) {
-  if (b.compact.data == nullptr) {
-    pack_rows(FloatRows{b.data, b.stride}, b, k0, depth, n0, columns, to);
-    return;
-  }
-  with_compact_rows(b.compact, [&](const auto& rows) { pack_rows(rows, b, k0, depth, n0, columns, to); });
-}
-
-// Patches are written row by row, and a row spans all panels of the block.
-void pack_patches(const Patches& patches, int64_t k0, int64_t depth, int64_t n0, int64_t columns, float* to) {
-  alignas(64) float row[kColumns + kOverrun];
-  GridPosition at(patches, k0);
-  const PatchColumn first(patches, n0);
-  for (int64_t k = 0; k < depth; ++k, at.next(patches)) {
-    copy_patch(patches, at, first, columns, row);
-    for (int64_t n = 0; n < columns; n += kTileColumns) {
-      const int64_t width = panel_width(columns - n);
-      const FloatRows copied{row, 0};
-      copy_row(copied, 0, n, minimum<int64_t>(columns - n, kTileColumns), to + n * depth + k * width);
-    }
-  }
-}
 
 // --- A ---
 
