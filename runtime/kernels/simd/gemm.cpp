@@ -323,12 +323,12 @@ void narrow_rows(const OutputMatrix& c, const OutputMatrix& sums, int64_t m0, in
   }
 }
 
-// A part of a C of halves, in blocks of floats that are then rounded.
-void multiply_narrowed(const Gemm& gemm, int64_t m0, int64_t m1, int64_t n0, int64_t n1, int64_t block,
-                       float* scratch) {
+// A part of a C of halves, in blocks of floats that are then rounded: there is room for `most_rows` of these.
+void multiply_narrowed(const Gemm& gemm, int64_t m0, int64_t m1, int64_t n0, int64_t n1, int64_t most_rows,
+                       int64_t block, float* scratch) {
   const int64_t most = minimum(round_up(gemm.n, 16), block);
   const int64_t step = most / kTileColumns > 0 ? most / kTileColumns * kTileColumns : most;
-  const int64_t rows = minimum(m1 - m0, kSumFloats / most);
+  const int64_t rows = minimum(most_rows, kSumFloats / most);
   Gemm part = gemm;
   part.c = OutputMatrix();
   part.c.data = scratch;
@@ -349,21 +349,22 @@ void multiply_narrowed(const Gemm& gemm, int64_t m0, int64_t m1, int64_t n0, int
   }
 }
 
-}  // namespace
-
-void gemm_part(const Gemm& gemm, int64_t m0, int64_t m1, int64_t n0, int64_t n1, int64_t block,
+// The part [m0, m1) x [n0, n1) of C, on this thread. Scratch memory is for parts of that many rows; a part
+// may have some more, because threads share whole tiles.
+void gemm_part(const Gemm& gemm, int64_t m0, int64_t m1, int64_t n0, int64_t n1, int64_t rows,
                float* scratch) {
   if (m0 == m1 || n0 == n1) return;
+  const int64_t block = block_columns(rows, copied(gemm.a));
   if (is_half(gemm.c.dtype)) {
-    multiply_narrowed(gemm, m0, m1, n0, n1, block, scratch);
+    multiply_narrowed(gemm, m0, m1, n0, n1, rows, block, scratch);
   } else {
     multiply_part(gemm, m0, m1, n0, n1, block, scratch);
   }
 }
 
-void gemm_alone(const Gemm& gemm, float* scratch) {
-  gemm_part(gemm, 0, gemm.m, 0, gemm.n, block_columns(gemm.m, copied(gemm.a)), scratch);
-}
+}  // namespace
+
+void gemm_alone(const Gemm& gemm, float* scratch) { gemm_part(gemm, 0, gemm.m, 0, gemm.n, gemm.m, scratch); }
 
 void gemm_parallel(const Call& call, const Gemm& gemm, float* scratch) {
   const int threads = thread_count(call);
@@ -371,16 +372,15 @@ void gemm_parallel(const Call& call, const Gemm& gemm, float* scratch) {
     gemm_alone(gemm, scratch);
     return;
   }
-  const Copied copy = copied(gemm.a);
-  const int64_t rows = rows_each(gemm, threads), block = block_columns(rows, copy);
-  const int64_t each = part_scratch(rows, gemm.n, gemm.k, copy, is_half(gemm.c.dtype));
+  const int64_t rows = rows_each(gemm, threads);
+  const int64_t each = part_scratch(rows, gemm.n, gemm.k, copied(gemm.a), is_half(gemm.c.dtype));
   if (splits_rows(gemm)) {
     parallel(call, gemm.m, kTileRows, [&](int64_t begin, int64_t end, int thread) {
-      gemm_part(gemm, begin, end, 0, gemm.n, block, scratch + thread * each);
+      gemm_part(gemm, begin, end, 0, gemm.n, rows, scratch + thread * each);
     });
   } else {
     parallel(call, gemm.n, kTileColumns, [&](int64_t begin, int64_t end, int thread) {
-      gemm_part(gemm, 0, gemm.m, begin, end, block, scratch + thread * each);
+      gemm_part(gemm, 0, gemm.m, begin, end, rows, scratch + thread * each);
     });
   }
 }

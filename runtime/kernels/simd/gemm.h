@@ -125,9 +125,6 @@ int64_t part_scratch(int64_t rows, int64_t n, int64_t k, Copied copied, bool nar
 // Scratch floats of gemm_parallel on that many threads: never less for more of them.
 int64_t gemm_scratch(const Gemm& gemm, int threads);
 
-// The part [m0, m1) x [n0, n1) of C in blocks of `block` columns, on this thread.
-void gemm_part(const Gemm& gemm, int64_t m0, int64_t m1, int64_t n0, int64_t n1, int64_t block,
-               float* scratch);
 // All of C on this thread; needs part_scratch of all rows.
 void gemm_alone(const Gemm& gemm, float* scratch);
 // All of C on the call's threads.
