@@ -36,6 +36,7 @@ CASES: list[tuple[str, Operands, Mapping[str, Any], tuple[int, ...] | None]] = [
     ("matmul", (f32(2, 3, 40, 9), f32(2, 3, 40, 50)), {"transpose_a": True}, None),
     ("matmul", (f32(70, 45), f32(70, 20)), {"transpose_a": True}, None),
     ("matmul", (f32(70, 45), f32(70, 20)), {"transpose_a": True}, (1,)),
+    ("matmul", (f32(64, 64), f32(64, 64)), {}, (0,)),  # threads get whole tiles of rows, more than their share
     ("matmul", (f32(700, 20), f32(20, 400)), {}, (0,)),
     ("conv2d", (f32(1, 6, 6, 40), f32(36, 1, 1, 40), f32(36)), {"activation": "silu"}, None),
     ("conv2d", (f32(2, 7, 6, 35), f32(6, 3, 3, 35)), PADDED, None),
