@@ -10,6 +10,8 @@ well, which other work on the machine does disturb.
 
 PyTorch runs in three ways: eager with contiguous tensors, eager with channels-last ones (where there are convolutions),
 and `torch.compile`. "Best" is the fastest of those for a case. Batch norms are in eval mode there; pockc folds them.
+`pockc-bf16` and PyTorch's `autocast` keep activations in bf16: their losses may differ by its roundoff, and they are
+compared with each other.
 Compiling takes minutes per case; what was compiled is kept in .cache/peers/inductor, so the next run is quick. With
 `--compile-minutes` a run compiles no longer than that in all, and lists the cases that it had no time for.
 """
@@ -28,12 +30,13 @@ from typing import Any
 
 from benchmarks import report, speed_report, zoo
 from benchmarks.speed_sides.protocol import ROOT, Side, SideError, Steps, Task
-from pockc.parity import LOSS_TOLERANCE
+from pockc.parity import LOSS_TOLERANCE, tolerances
 
 PEERS = ROOT / ".cache" / "peers"
 REAL_STEPS = 2  # that are taken with a learning rate, and one more loss is seen after them
 SCHEMES = ("full", "bias-only", "sparse")
 PYTORCH = ("contiguous", "channels-last", "compile")
+BF16 = speed_report.BF16
 CACHED = speed_report.CACHED
 TURN_MS = 250.0  # a turn has as many steps as fit, at least one
 LEAST_ROUNDS, MOST_ROUNDS = 3, 12
@@ -84,6 +87,7 @@ class Way:
     arguments: tuple[str, ...] = ()
     environment: str | None = None
     compiles: bool = False
+    loss_tolerance: float = LOSS_TOLERANCE
 
     @property
     def python(self) -> Path:
@@ -94,9 +98,11 @@ class Way:
 WAYS: dict[str, Way] = {
     "pockc": Way("pockc_side", ("whole",)),
     CACHED: Way("pockc_side", ("cached",)),
+    BF16: Way("pockc_side", ("bf16",), loss_tolerance=tolerances("bf16")[0]),
     "contiguous": Way("pytorch_side", ("contiguous",)),
     "channels-last": Way("pytorch_side", ("channels-last",)),
     "compile": Way("pytorch_side", ("compile",), compiles=True),
+    "autocast": Way("pytorch_side", ("autocast",), loss_tolerance=tolerances("bf16")[0]),
     "tensorflow": Way("tensorflow_side", environment="tensorflow"),
     "jax": Way("jax_side", environment="jax"),
     "onnxruntime": Way("onnxruntime_side", environment="onnxruntime"),
@@ -258,7 +264,7 @@ def measure(case: Case, scheme: str, sides: Sides, folder: Path, seconds: float)
     errors |= {
         way: f"its losses {_shown(taken[way].losses)} are not those of the others, {_shown(reference)}"
         for way, difference in differences.items()
-        if not difference <= LOSS_TOLERANCE
+        if not difference <= WAYS[way].loss_tolerance
     }
     believed = {way: steps for way, steps in taken.items() if way not in errors}
     turns = take_turns({way: sides.running[way] for way in believed}, believed, seconds)

@@ -25,6 +25,9 @@ _LIBRARIES = ("pockc", "torch", "tensorflow-cpu", "jax", "jaxlib", "onnxruntime-
 # pockc's step from the second epoch on, with the prefix cache: what the frozen prefix makes of the batch is there.
 CACHED = "pockc-cached"
 
+# pockc's step with activations in bf16, and what it is compared with.
+BF16 = "pockc-bf16"
+
 # Sides beside PyTorch; what they cannot run is listed with their error.
 PEERS = ("tensorflow", "jax", "onnxruntime", "executorch")
 
@@ -62,6 +65,7 @@ def summaries(results: Sequence[Result]) -> list[Summary]:
         found.append(_summary(f"{kind}: full best PyTorch / sparse pockc", chosen, against_full, bound))
         cached = partial(against_full, ours=CACHED)
         found.append(_summary(f"{kind}: full best PyTorch / sparse, cached", chosen, cached, 4.5 if vision else None))
+    found.append(_summary("bf16: PyTorch autocast / pockc", results, _against_bf16, 1.3))
     found += [_summary(f"{way} / pockc, same scheme", results, _against(way), None, 1.0) for way in PEERS]
     of_tensorflow = {r.case.key: r.timings["tensorflow"].cpu for r in full if "tensorflow" in r.timings}
 
@@ -77,6 +81,11 @@ def summaries(results: Sequence[Result]) -> list[Summary]:
 
 def _against_best(result: Result) -> float | None:
     return result.ratio(result.best_pytorch())
+
+
+def _against_bf16(result: Result) -> float | None:
+    theirs, ours = result.timings.get("autocast"), result.timings.get(BF16)
+    return theirs.cpu / ours.cpu if theirs is not None and ours is not None else None
 
 
 def _against(way: str) -> Callable[[Result], float | None]:

@@ -4,7 +4,7 @@ import gc
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from numpy.typing import NDArray
 from torch import nn
@@ -15,12 +15,13 @@ from benchmarks.speed_sides import protocol
 
 
 class PockcStep:
-    """A compiled program in a session; if ``cached``, a step as later epochs have it with the prefix cache.
+    """A compiled program in a session, with activations of a dtype.
 
-    What the frozen prefix makes of the batch is then computed before the first step.
+    If ``cached``, a step is as later epochs have it with the prefix cache: what the frozen prefix makes of the batch is
+    then computed before the first step.
     """
 
-    def __init__(self, task: protocol.Task, *, cached: bool = False) -> None:
+    def __init__(self, task: protocol.Task, *, cached: bool = False, dtype: Literal["f32", "bf16"] = "f32") -> None:
         model, inputs = getattr(zoo, task.model)(**task.arguments)
         program = pockc.build(
             model,
@@ -30,15 +31,16 @@ class PockcStep:
             scheme=task.scheme,
             entries=("train_step",),
             cache_prefix=cached,
+            dtype=dtype,
         )
         self.trained = tuple(program.metadata["trained"])
         batch = memory_peer.batch_of(inputs, task.loss)
         self.batch = {name: value.numpy() for name, value in batch.items()}
-        file = Path(task.folder, f"{task.scheme}{'-cached' if cached else ''}.pock")
+        file = Path(task.folder, f"{task.scheme}-{dtype}{'-cached' if cached else ''}.pock")
         program.save(file)
         self.entry = "train_step_encoded" if cached else "train_step"
         wanted = {entry: [value.name for value in graph.inputs] for entry, graph in program.entries.items()}
-        if task.exported and not cached:
+        if task.exported and not cached and dtype == "f32":
             _export(model, self.batch, Path(task.folder))
         del program, model, inputs, batch
         gc.collect()
@@ -63,7 +65,11 @@ def _export(model: nn.Module, batch: dict[str, NDArray[Any]], folder: Path) -> N
 
 
 # By the argument on the command line.
-WAYS: dict[str, protocol.Opener] = {"whole": PockcStep, "cached": partial(PockcStep, cached=True)}
+WAYS: dict[str, protocol.Opener] = {
+    "whole": PockcStep,
+    "cached": partial(PockcStep, cached=True),
+    "bf16": partial(PockcStep, dtype="bf16"),
+}
 
 if __name__ == "__main__":
     sys.exit(protocol.serve(WAYS[sys.argv[1]]))

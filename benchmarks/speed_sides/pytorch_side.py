@@ -1,4 +1,4 @@
-"""PyTorch as a side of the speed benchmark: eager with either memory layout, or `torch.compile`.
+"""PyTorch as a side of the speed benchmark: eager with either memory layout, `torch.compile`, or bf16 by autocast.
 
 The model is in eval mode, so batch norms use their statistics; what is not trained has `requires_grad` off, so autograd
 leaves it out. Compiled are forward pass and loss, and the backward pass with them; the optimizer is PyTorch's own.
@@ -18,7 +18,9 @@ from benchmarks.speed_sides import protocol
 class PyTorchStep:
     """A PyTorch model with its optimizer."""
 
-    def __init__(self, task: protocol.Task, *, layout: pytorch_peer.Layout, compiled: bool) -> None:
+    def __init__(
+        self, task: protocol.Task, *, layout: pytorch_peer.Layout, compiled: bool = False, autocast: bool = False
+    ) -> None:
         torch.set_num_threads(task.threads)
         memory_format = pytorch_peer.MEMORY_FORMATS[layout]
         model, inputs = getattr(zoo, task.model)(**task.arguments)
@@ -32,6 +34,7 @@ class PyTorchStep:
             name: value.contiguous(memory_format=memory_format) if value.ndim == 4 else value
             for name, value in memory_peer.batch_of(inputs, task.loss).items()
         }
+        self.autocast = autocast
         self.loss: Callable[[dict[str, Tensor]], Tensor]
         self.loss = partial(pytorch_peer.training_loss, self.model, loss=task.loss)
         if compiled:
@@ -46,7 +49,8 @@ class PyTorchStep:
         return float(value.detach())
 
     def _backward(self) -> Tensor:
-        value = self.loss(self.batch)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.autocast):
+            value = self.loss(self.batch)
         self.optimizer.zero_grad()
         value.backward()  # type: ignore[no-untyped-call]
         return value
@@ -59,9 +63,10 @@ class PyTorchStep:
 
 # By the argument on the command line.
 WAYS: dict[str, protocol.Opener] = {
-    "contiguous": partial(PyTorchStep, layout="contiguous", compiled=False),
-    "channels-last": partial(PyTorchStep, layout="channels_last", compiled=False),
+    "contiguous": partial(PyTorchStep, layout="contiguous"),
+    "channels-last": partial(PyTorchStep, layout="channels_last"),
     "compile": partial(PyTorchStep, layout="contiguous", compiled=True),
+    "autocast": partial(PyTorchStep, layout="contiguous", autocast=True),
 }
 
 if __name__ == "__main__":

@@ -26,10 +26,15 @@ Status check_tensors(const Program& program) {
   return PK_OK;
 }
 
+// Also where the kernels for such numbers were left out: pk_dtype has no name for them.
+bool is_half_type(DType dtype) { return dtype == DType::kF16 || dtype == DType::kB16; }
+
 Status check_state(const Program& program, const StateRecord& state) {
   const char* name = state.name.c_str();
   if (state.tensor >= program.tensors.size()) return fail(PK_BAD_FILE, "state `%s` has no tensor", name);
   const TensorRecord& tensor = program.tensors[state.tensor];
+  if (is_half_type(tensor.type.dtype))
+    return fail(PK_BAD_FILE, "state `%s` has 16 bits, which no caller can pass", name);
   if (state.permutation_rank != 0 && state.permutation_rank != tensor.type.rank) {
     return fail(PK_BAD_FILE, "the permutation of state `%s` is not of its tensor's rank", name);
   }
@@ -64,12 +69,15 @@ Status check_states(const Program& program) {
 Status check_arguments(const Program& program, const EntryRecord& entry,
                        const std::vector<Argument>& arguments) {
   for (const Argument& argument : arguments) {
-    if (argument.tensor < program.tensors.size() &&
-        program.tensors[argument.tensor].storage == Storage::kArena) {
-      continue;
+    if (argument.tensor >= program.tensors.size() ||
+        program.tensors[argument.tensor].storage != Storage::kArena) {
+      return fail(PK_BAD_FILE, "argument `%s` of entry `%s` is no tensor of the arena", argument.name.c_str(),
+                  entry.name.c_str());
     }
-    return fail(PK_BAD_FILE, "argument `%s` of entry `%s` is no tensor of the arena", argument.name.c_str(),
-                entry.name.c_str());
+    if (is_half_type(program.tensors[argument.tensor].type.dtype)) {
+      return fail(PK_BAD_FILE, "argument `%s` of entry `%s` has 16 bits, which no caller can pass",
+                  argument.name.c_str(), entry.name.c_str());
+    }
   }
   return PK_OK;
 }

@@ -181,6 +181,18 @@ TEST("a mutable state outside the states' part of the arena is refused") {
   CHECK(load_bytes(directory, writer.bytes()) == PK_BAD_FILE);
 }
 
+TEST("arguments and states in 16 bits are refused: no caller could pass them") {
+  TemporaryDirectory directory;
+  ProgramWriter with_input = mean_program();
+  with_input.tensors[with_input.entries[0].inputs[0].tensor].type.dtype = DType::kB16;
+  CHECK(load_bytes(directory, with_input.bytes()) == PK_BAD_FILE);
+  CHECK(contains(pk_last_error(), "argument") && contains(pk_last_error(), "16 bits"));
+  ProgramWriter with_state = mean_program();
+  with_state.tensors[with_state.states[0].tensor].type.dtype = DType::kF16;
+  CHECK(load_bytes(directory, with_state.bytes()) == PK_BAD_FILE);
+  CHECK(contains(pk_last_error(), "state") && contains(pk_last_error(), "16 bits"));
+}
+
 TEST("an op that the runtime lacks is named with its origin") {
   TemporaryDirectory directory;
   ProgramWriter writer = mean_program();
