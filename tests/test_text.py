@@ -127,7 +127,7 @@ def test_constants_of_every_element_type_read_back(dtype: str) -> None:
 MALFORMED = (
     "input x: f32[2]",
     "input %x f32[2]",
-    "input %x: f16[2]",
+    "input %x: f24[2]",
     "input %x: f32[two]",
     "input %x: f32[2",
     "input %x: f32[2]\ninput %x: f32[2]",
