@@ -8,6 +8,7 @@ parameters. Either way, a size has to reach what the size before it did, but for
 
 import argparse
 import itertools
+import math
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib import pyplot
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -72,10 +74,18 @@ def operations(case: Case, trained: Sequence[str]) -> int:
     model, inputs = getattr(zoo, case.model)(**case.arguments)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
-    with FlopCounterMode(display=False) as counter:
+    # PyTorch's own count of this gradient knows no groups: a depthwise one would count as a dense one.
+    counts = {torch.ops.aten.convolution_backward: _convolution_gradients}
+    with FlopCounterMode(display=False, custom_mapping=counts) as counter:
         loss = pytorch_peer.training_loss(model, memory_peer.batch_of(inputs, case.loss), case.loss)
         loss.backward()  # type: ignore[no-untyped-call]
     return int(counter.get_total_flops())
+
+
+def _convolution_gradients(ct: Sequence[int], x: Sequence[int], w: Sequence[int], *rest: Any, **_: Any) -> int:
+    """Of shapes [N, O, ...], [N, C, ...] and [O, C / groups, ...]: each gradient takes what the convolution took."""
+    wanted = rest[-1]
+    return 2 * math.prod(ct) * math.prod(w[1:]) * int(sum(wanted[:2]))
 
 
 def measure_series(series: Series, scheme: str, sides: Sides, seconds: float) -> list[Point]:

@@ -49,3 +49,10 @@ def test_what_is_frozen_costs_fewer_operations() -> None:
     convolutions = scaling.operations(case, ["features.0.0.weight", "classifier.1.weight"])
 
     assert convolutions > 1.5 * head
+
+
+def test_gradients_of_a_depthwise_convolution_count_one_channel_each() -> None:
+    image, weight = (1, 8, 4, 4), (8, 1, 3, 3)
+
+    assert scaling._convolution_gradients(image, image, weight, 8, [True, False, False]) == 2 * 8 * 16 * 9
+    assert scaling._convolution_gradients(image, image, weight, 8, [True, True, True]) == 2 * 2 * 8 * 16 * 9
