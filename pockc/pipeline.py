@@ -104,17 +104,15 @@ LOWER: tuple[Pass, ...] = (
     Pass("dce", dce.run),
     Pass("fuse", fuse.run, "lowered", optional=True),  # after differentiation: gradients read unfused nodes
     Pass("duplicate", duplicate.run, "lowered", optional=True),  # before the order is chosen
-    Pass(
-        "tile-vocabulary", tile_vocabulary.run, "lowered", optional=True, targeted=True
-    ),  # gradients and updates are final by now
+    # Gradients and updates are final by now.
+    Pass("tile-vocabulary", tile_vocabulary.run, "lowered", optional=True, targeted=True),
     Pass("mixed-precision", mixed_precision.run, "lowered"),  # every activation is known, and no memory weighed yet
     Pass("compress-saved", compress_saved.run, "lowered"),  # before what is saved is weighed
     Pass("fit-memory", fit_memory.run, "lowered", optional=True, targeted=True),  # after cse, which would undo it
     Pass("split-backward", split_backward.run, "lowered", optional=True),  # before what is fitted below the rest
     Pass("tile-updates", tile_updates.run, "lowered", optional=True),  # as is what follows
-    Pass(
-        "split-rows", split_rows.run, "lowered", optional=True, targeted=True
-    ),  # before tiles, of which strips may need none
+    # Before tiles, of which strips may need none.
+    Pass("split-rows", split_rows.run, "lowered", optional=True, targeted=True),
     Pass("tile-channels", tile_channels.run, "lowered", optional=True),  # of fused products, while each is there once
     Pass("split-prefix", split_prefix.run, "lowered", optional=True),  # after the last pass that adds readers
     Pass("reorder", reorder.run, "lowered", reducible=True),
