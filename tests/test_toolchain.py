@@ -11,6 +11,7 @@ from torch import nn
 from pockc.build import build
 from pockc.errors import UserError
 from pockc.program import Program
+from pockc.recipe import Dtype
 from pockc.targets import devices
 from pockc.targets.native import cross, deliver, toolchain
 from tests.shell import Shell
@@ -53,6 +54,13 @@ def test_kernel_list_has_the_program_s_kernels_and_nothing_else(program: Program
 def test_board_gets_its_instruction_set_alone(program: Program, device: str, left_out: list[str]) -> None:
     listed = cross.kernel_list(program, devices.find(device))
     assert [line.partition("WITHOUT_")[2] for line in listed.splitlines() if "WITHOUT_" in line] == left_out
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "fp16"])
+def test_board_gets_kernels_for_16_bits_only_where_its_program_has_such_tensors(dtype: Dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3)).eval()
+    assert cross.has_halves(build(model, (torch.randn(32, 64),), dtype=dtype)) == (dtype != "f32")
 
 
 def test_cache_is_in_the_clone_and_else_where_the_system_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
