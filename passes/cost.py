@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pockc.ir import Node
+from pockc.ir import Node, Value
 from pockc.ops import OPS
 
 # A core of a small board, to one digit. Only the ratios matter.
 OPERATIONS_PER_SECOND = 20e9  # of products: a multiply-add is two
 BYTES_PER_SECOND = 5e9  # of tensors that do not fit into a cache
+CACHE_BYTES_PER_SECOND = 20e9  # of those that do
 CALL_SECONDS = 2e-6  # to start a kernel
 
 OPTIMIZERS = frozenset({"sgd", "momentum", "adam", "lion", "momentum8", "adam8", "lion8"})
@@ -34,15 +35,25 @@ def multiply_adds(node: Node) -> int:
 
 
 def moved_bytes(node: Node) -> int:
-    """Bytes that the kernel reads and writes; what it addresses but does not touch is left out."""
+    """Bytes that the kernel reads and writes."""
+    return sum(nbytes for _, nbytes in touched_bytes(node))
+
+
+def touched_bytes(node: Node) -> list[tuple[Value, int]]:
+    """Bytes that the kernel reads or writes of each operand and each result; what it only addresses is left out."""
+    every = (*node.inputs, *node.outputs)
     if node.op in ("slice", "take", "embedding"):
-        return 2 * node.outputs[0].type.nbytes
+        part = node.outputs[0].type.nbytes
+        return [(node.inputs[0], part), (node.outputs[0], part)]
     if node.op == "insert":  # in place, as a rule
-        return 2 * node.inputs[1].type.nbytes
+        part = node.inputs[1].type.nbytes
+        return [(node.inputs[1], part), (node.outputs[0], part)]
     if node.op in OPTIMIZERS:  # of the parameter, read and written, only what the gradient covers
-        slots = sum(value.type.nbytes for value in node.outputs[1:])
-        return 3 * node.inputs[1].type.nbytes + 2 * slots
-    return sum(value.type.nbytes for value in (*node.inputs, *node.outputs))
+        part = node.inputs[1].type.nbytes
+        new_slots = node.outputs[1:]
+        slots = [(value, value.type.nbytes) for value in (*node.inputs[2 : 2 + len(new_slots)], *new_slots)]
+        return [(node.inputs[0], part), (node.inputs[1], part), (node.outputs[0], part), *slots]
+    return [(value, value.type.nbytes) for value in every]
 
 
 def _matmul(node: Node) -> int:

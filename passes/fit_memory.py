@@ -1,9 +1,10 @@
 """Chooses what to compute again and how many samples to take at a time, so that a training step fits its memory.
 
 Without a target the peak is lowered as far as `FREE_SHARE` of the step's time goes: layer norms, activation functions
-and transposes are nearly free to compute again. Under a target the fastest of these is taken, by the estimate of
-:mod:`pockc.passes.cost`: micro-batches of every size down to one sample, each with the cheapest recomputation that it
-needs to fit.
+and transposes are nearly free to compute again, and micro-batches pay for the weights that each of them reads by
+activations that stay in the cache. Under a target the fastest of these is taken, by the estimates of
+:mod:`pockc.passes.cost` and :mod:`pockc.passes.traffic`: micro-batches of every size down to one sample, each with the
+cheapest recomputation that it needs to fit.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from dataclasses import dataclass
 
 from pockc.errors import UserError
 from pockc.ir import Graph
-from pockc.ops import OPS
 from pockc.passes import reorder, split_prefix
 from pockc.passes.cost import BYTES_PER_SECOND, CALL_SECONDS
+from pockc.passes.memory import live
 from pockc.passes.micro_batches import batch_of, parts_of, split
 from pockc.passes.recompute_model import Choice, Step, choices, without_waste
 from pockc.passes.rematerialise import with_second_computations
@@ -23,17 +24,35 @@ from pockc.passes.split_step import Analysis, analyse
 from pockc.recipe import Recipe
 
 FREE_SHARE = 0.03  # of the step's estimated time that recomputation may cost where no target is given
+WORTH_SPLITTING = 0.9  # of the peak: what smaller micro-batches have to come below for their many calls to be worth it
 MOST_NODES = 12000  # of a step in micro-batches: more calls would take too long to plan
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """Micro-batches of ``size`` samples, and what each computes again; peak and seconds are estimates."""
+class Candidate:
+    """Micro-batches of ``size`` samples: what a step in these keeps alive, and its estimated seconds."""
 
     size: int
     step: Step
-    choice: Choice
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Micro-batches, and what each of them computes again; peak and seconds are estimates."""
+
+    candidate: Candidate
+    choice: Choice
+
+    @property
+    def size(self) -> int:
+        """Samples of a micro-batch."""
+        return self.candidate.size
+
+    @property
+    def seconds(self) -> float:
+        """Of a step."""
+        return self.candidate.seconds + self.choice.seconds
 
     @property
     def peak(self) -> int:
@@ -60,10 +79,10 @@ def run(graph: Graph, recipe: Recipe) -> Graph:
             instead="Build for a smaller batch, with --accumulate for the gradients of more samples.",
         )
     plan = _chosen(ordered, recipe, batch, analysis)
-    _note(recipe, ordered, plan, batch)
+    _note(recipe, ordered, plan, _candidate(ordered, recipe, batch, batch, analysis))
     if not plan.choice.dropped and plan.size in (0, batch):
         return graph
-    after = with_second_computations(ordered, plan.step, plan.choice.dropped)
+    after = with_second_computations(ordered, plan.candidate.step, plan.choice.dropped)
     if plan.size in (0, batch):
         return after
     again = analyse(after, batch)
@@ -71,13 +90,48 @@ def run(graph: Graph, recipe: Recipe) -> Graph:
 
 
 def _chosen(graph: Graph, recipe: Recipe, batch: int, analysis: Analysis | None) -> Plan:
+    """The plan to follow among micro-batches of the sizes that may be taken."""
+    sizes = [batch] if analysis is None else list(_sizes(graph, batch, analysis))
+    if recipe.micro_batch:
+        sizes = [recipe.micro_batch]
+    candidates = [_candidate(graph, recipe, size, batch, analysis) for size in sizes]
+    if recipe.transient_target is None:
+        return _smallest(graph, recipe, candidates)
+    return _fastest(candidates, recipe.transient_target)
+
+
+def _smallest(graph: Graph, recipe: Recipe, candidates: list[Candidate]) -> Plan:
+    """The lowest peak that is almost as fast as the fastest; more micro-batches only where they gain something.
+
+    `split_prefix` will lower the peak of the whole batch where its first layers are frozen, so that is what
+    micro-batches have to come below.
+    """
+    limit = (1 + FREE_SHARE) * min(candidate.seconds for candidate in candidates)
+    plans: list[Plan] = []
+    for candidate in candidates:
+        if candidate.seconds <= limit:
+            choice = choices(candidate.step, 0, limit - candidate.seconds)[-1]
+            plans.append(Plan(candidate, without_waste(candidate.step, choice)))
+    best, *smaller = plans
+    if not smaller:
+        return best
+    peak = best.peak
+    if best.candidate is candidates[0]:
+        after = split_prefix.run(with_second_computations(graph, best.candidate.step, best.choice.dropped), recipe)
+        peak = int(live(after, recipe.workspace).max())
+    for plan in smaller:
+        if plan.peak < WORTH_SPLITTING * peak:
+            best, peak = plan, plan.peak
+    return best
+
+
+def _fastest(candidates: list[Candidate], target: int) -> Plan:
     """The fastest plan that meets the target; where none does, the one with the lowest peak."""
-    sizes = [recipe.micro_batch] if recipe.micro_batch else [batch]
-    if recipe.transient_target is not None and not recipe.micro_batch and analysis is not None:
-        sizes = list(_sizes(graph, batch, analysis))
-    plans = [_planned(graph, recipe, size, batch, analysis) for size in sizes]
-    target = recipe.transient_target
-    fitting = [plan for plan in plans if target is None or plan.peak <= target]
+    plans = []
+    for candidate in candidates:
+        choice = choices(candidate.step, target, float("inf"))[-1]
+        plans.append(Plan(candidate, without_waste(candidate.step, choice)))
+    fitting = [plan for plan in plans if plan.peak <= target]
     if fitting:
         return min(fitting, key=lambda plan: plan.seconds)
     return min(plans, key=lambda plan: plan.peak)
@@ -94,48 +148,34 @@ def _sizes(graph: Graph, batch: int, analysis: Analysis) -> Iterator[int]:
             yield size
 
 
-def _planned(graph: Graph, recipe: Recipe, size: int, batch: int, analysis: Analysis | None) -> Plan:
-    """What to compute again for micro-batches of that size."""
+def _candidate(graph: Graph, recipe: Recipe, size: int, batch: int, analysis: Analysis | None) -> Candidate:
+    """What micro-batches of that size keep alive and cost."""
     if size == batch or analysis is None:
-        step = Step(graph, recipe.workspace)
-        overhead = 0.0
-    else:
-        share = min(size / batch, 1.0)
-        step = Step(graph, recipe.workspace, dict.fromkeys(analysis.batched(), share), analysis.sum_bytes())
-        overhead = (len(parts_of(batch, size)) - 1) * _part_seconds(analysis)
-    found = _choice(step, recipe.transient_target)
-    return Plan(size, step, found, sum(step.seconds) + found.seconds + overhead)
+        step = Step(graph, recipe.workspace, cache=recipe.cache)
+        return Candidate(size, step, sum(step.seconds))
+    parts = len(parts_of(batch, size))
+    shares = dict.fromkeys(analysis.batched(), min(size / batch, 1.0))
+    again = dict.fromkeys(analysis.repeated(), parts)
+    step = Step(graph, recipe.workspace, shares, analysis.sum_bytes(), again, recipe.cache)
+    # Sums are read and written once more by each micro-batch but the first.
+    each = len(analysis.network.sums) * CALL_SECONDS + 3 * analysis.sum_bytes() / BYTES_PER_SECOND
+    return Candidate(size, step, sum(step.seconds) + (parts - 1) * each)
 
 
-def _choice(step: Step, target: int | None) -> Choice:
-    if target is None:
-        return without_waste(step, choices(step, 0, FREE_SHARE * sum(step.seconds))[-1])
-    return without_waste(step, choices(step, target, float("inf"))[-1])
-
-
-def _part_seconds(analysis: Analysis) -> float:
-    """What one more micro-batch costs: the start of its calls, weights read again, sums read and written."""
-    inside = analysis.network.roles
-    calls = sum(1 for node in inside if not OPS[node.op].view)
-    weights = {value for node in inside for value in node.inputs if value in analysis.network.graph.states}
-    moved = sum(value.type.nbytes for value in weights) + 3 * analysis.sum_bytes()
-    return calls * CALL_SECONDS + moved / BYTES_PER_SECOND
-
-
-def _note(recipe: Recipe, graph: Graph, plan: Plan, batch: int) -> None:
+def _note(recipe: Recipe, graph: Graph, plan: Plan, whole: Candidate) -> None:
     again = [graph.nodes[index] for index in sorted(plan.choice.dropped)]
     recipe.decisions.update(
-        batch=batch,
+        batch=whole.size,
         micro_batch=plan.size,
         recomputed=[
             {
                 "op": node.op,
                 "module": node.origin.module,
                 "nbytes": sum(value.type.nbytes for value in node.outputs),
-                "seconds": plan.step.seconds[index],
+                "seconds": plan.candidate.step.seconds[index],
             }
             for index, node in zip(sorted(plan.choice.dropped), again, strict=True)
         ],
         estimated_seconds=plan.seconds,
-        estimated_slowdown=plan.seconds / sum(plan.step.seconds),
+        estimated_slowdown=plan.seconds / whole.seconds,
     )

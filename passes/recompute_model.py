@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from pockc.ir import Graph, Node, Value
 from pockc.ops import OPS
-from pockc.passes.cost import seconds
+from pockc.passes import traffic
 from pockc.passes.lifetimes import aligned, storages, updates_in_place
 from pockc.passes.memory import Workspace
 
@@ -70,13 +70,16 @@ class Step:
     """A scheduled training step as numbers: nodes and storages are indices in order.
 
     ``batched`` says of what share of a value's bytes a micro-batch has at a time, for a step that will run in those;
-    ``fixed`` bytes are added to every call, for their gradient sums.
+    ``fixed`` bytes are added to every call, for their gradient sums; ``runs`` says how often a node runs, if not once.
+    ``cache`` bytes need no main memory; ``seconds`` are of all runs of a node.
     """
 
     graph: Graph
     workspace: Workspace
     batched: Mapping[Value, float] = field(default_factory=dict)
     fixed: int = 0
+    runs: Mapping[Node, int] = field(default_factory=dict)
+    cache: int = 0
     reads: list[tuple[int, ...]] = field(init=False)
     makes: list[tuple[int, ...]] = field(init=False)
     scratch: list[int] = field(init=False)
@@ -124,7 +127,7 @@ class Step:
             if maker >= 0:
                 self.makes[maker] += (storage,)
         self.scratch = [0 if OPS[node.op].view else aligned(self.workspace(node)) for node in graph.nodes]
-        self.seconds = [seconds(node) for node in graph.nodes]
+        self.seconds = traffic.seconds(graph, self.cache, self.batched, self.runs)
         self.early = [node in runs_twice for node in graph.nodes]
         self.late = [i for i, node in enumerate(graph.nodes) if not self.early[i] and not OPS[node.op].view]
         self.saved = {storage for i in self.late for storage in self.reads[i]}

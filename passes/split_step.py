@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pockc.ir import Graph, Node, Value
 from pockc.passes.batch_rules import Roles, roles
 from pockc.passes.batch_sums import sum_roles
-from pockc.passes.micro_batches import Cut, Network
+from pockc.passes.micro_batches import REMADE, Cut, Network
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,18 @@ class Analysis:
     def batched(self) -> set[Value]:
         """The values of which a micro-batch has its own rows alone."""
         return {value for node in self.cut.nodes if node not in self.network.sums for value in node.outputs}
+
+    def repeated(self) -> set[Node]:
+        """The nodes that run once for each micro-batch: those that split, and what they have made of states anew."""
+        found = set(self.cut.nodes)
+        makers = self.network.graph.producers()
+        stack = [value for node in self.cut.nodes for value in node.inputs]
+        while stack:
+            maker = makers.get(stack.pop())
+            if maker is not None and maker not in found and maker.op in REMADE:
+                found.add(maker)
+                stack += maker.inputs
+        return found
 
     def sum_bytes(self) -> int:
         """Bytes of the sums, which are alive through all micro-batches."""

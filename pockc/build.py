@@ -221,6 +221,7 @@ def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
         threads=device.threads,
         workspace=workspace_of(device.threads),
         times=times_of(device),
+        cache=device.cost.cache_bytes,
         micro_batch=options.micro_batch,
         updated_buffers=frozenset(state.name for state in imported.graph.updates),
         disabled=options.disabled,

@@ -38,6 +38,7 @@ class Recipe:
     activations wait for the backward pass.
     ``prefix_ranges`` is what the values of the frozen prefix were measured to lie between, by their keys
     (`passes.frozen_prefix`); where there are any, the prefix runs in eight bits.
+    ``cache`` is how many bytes of the device's cache one core can count on.
     ``sufficient`` is what another entry of the program takes of the arena anyway: below it no byte is worth a search.
     ``transient_target`` is what the training step may need beside its states, in bytes: computing activations again is
     then worth any time; without it, next to none. ``micro_batch`` is the number of samples that run through the
@@ -60,6 +61,7 @@ class Recipe:
     prefix_ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     threads: int = 1
     workspace: Callable[[Node], int] = no_workspace
+    cache: int = 0
     sufficient: int = 0
     transient_target: int | None = None
     micro_batch: int = 0

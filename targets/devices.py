@@ -33,6 +33,12 @@ class Cost:
     gflops: float  # float32, of one core: clock x lanes x pipes x 2
     gigabytes_per_second: float  # that one core reads of main memory
     call_microseconds: float = 2.0  # to start a kernel
+    cache_megabytes: float = 1.0  # of the last level, in MiB
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that a program can count on finding in the cache again."""
+        return int(self.cache_megabytes * (1 << 20))
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,20 +89,21 @@ _X86_SETS = {"avx512": frozenset(_AVX512), "avx2": frozenset(_AVX2)}  # best fir
 
 # Costs: the clock of the data sheet times what llvm-mca's model of the core does per cycle in the inner loop of a
 # matrix product: 4 operations on a Cortex-A53, 8 on A57 and A72, 16 on A76 and A78. Memory: of one core, to one digit.
+# Caches: of the data sheet; of x86 what small machines have.
 DEVICES: dict[str, Device] = {
     device.name: device
     for device in (
-        Device("rpi3", _ARM64, _V8, 4, 4, 1 * _GIB, Cost(5.6, 2.0), "cortex-a53"),
+        Device("rpi3", _ARM64, _V8, 4, 4, 1 * _GIB, Cost(5.6, 2.0, cache_megabytes=0.5), "cortex-a53"),
         Device("rpi4", _ARM64, _V8, 4, 4, 4 * _GIB, Cost(12.0, 3.0), "cortex-a72"),
-        Device("rpi5", _ARM64, _V82, 4, 4, 8 * _GIB, Cost(38.4, 8.0), "cortex-a76"),
-        Device("rpi-armv7", _ARM32, ("neon-vfpv4",), 4, 4, 1 * _GIB, Cost(3.6, 1.5), "cortex-a7"),
-        Device("jetson-nano", _ARM64, _V8, 4, 4, 4 * _GIB, Cost(11.4, 4.0), "cortex-a57"),
-        Device("jetson-orin", _ARM64, _V82, 8, 8, 32 * _GIB, Cost(35.2, 12.0), "cortex-a78"),
+        Device("rpi5", _ARM64, _V82, 4, 4, 8 * _GIB, Cost(38.4, 8.0, cache_megabytes=2.0), "cortex-a76"),
+        Device("rpi-armv7", _ARM32, ("neon-vfpv4",), 4, 4, 1 * _GIB, Cost(3.6, 1.5, cache_megabytes=0.5), "cortex-a7"),
+        Device("jetson-nano", _ARM64, _V8, 4, 4, 4 * _GIB, Cost(11.4, 4.0, cache_megabytes=2.0), "cortex-a57"),
+        Device("jetson-orin", _ARM64, _V82, 8, 8, 32 * _GIB, Cost(35.2, 12.0, cache_megabytes=2.0), "cortex-a78"),
         Device("android-arm64", "aarch64-linux-android", _V8, 8, 4, 0, Cost(12.0, 4.0)),
-        Device("x86-64", _X86, ("sse2",), 4, 4, 0, Cost(20.0, 8.0)),
-        Device("x86-64-avx2", _X86, _AVX2, 4, 4, 0, Cost(80.0, 10.0)),
-        Device("x86-64-avx512", _X86, _AVX512, 4, 4, 0, Cost(160.0, 12.0)),
-        Device("riscv64", "riscv64-linux-gnu", ("rv64gc",), 4, 4, 4 * _GIB, Cost(3.0, 2.0)),
+        Device("x86-64", _X86, ("sse2",), 4, 4, 0, Cost(20.0, 8.0, cache_megabytes=4.0)),
+        Device("x86-64-avx2", _X86, _AVX2, 4, 4, 0, Cost(80.0, 10.0, cache_megabytes=8.0)),
+        Device("x86-64-avx512", _X86, _AVX512, 4, 4, 0, Cost(160.0, 12.0, cache_megabytes=8.0)),
+        Device("riscv64", "riscv64-linux-gnu", ("rv64gc",), 4, 4, 4 * _GIB, Cost(3.0, 2.0, cache_megabytes=2.0)),
     )
 }
 
@@ -139,6 +146,7 @@ class _CostFile(_Strict):
     gflops: Annotated[float, Field(gt=0)] | None = None
     gigabytes_per_second: Annotated[float, Field(gt=0)] | None = None
     call_microseconds: Annotated[float, Field(ge=0)] | None = None
+    cache_megabytes: Annotated[float, Field(ge=0)] | None = None
 
 
 class _DeviceFile(_Strict):
