@@ -72,7 +72,7 @@ def within(budget: int, recipe: Recipe, plan: Plan) -> Program:
     for target in _ladder(transient, budget - fixed):
         tried.append(attempt(target))
         if tried[-1].peak <= budget:
-            found = _faster(tried[-1], budget, budget - fixed, attempt)
+            found = _faster(tried, budget, budget - fixed, attempt)
             return _noted(found.program, found.recipe, budget, peak)
     smallest = _smallest(tried, peak, attempt)
     raise BudgetError(
@@ -88,23 +88,30 @@ def _ladder(transient: int, room: int) -> list[int]:
     return [target for target in targets if target <= room] + [target for target in reversed(targets) if target > room]
 
 
-def _faster(fitting: Attempt, budget: int, room: int, attempt: Callable[[int], Attempt]) -> Attempt:
-    """The fastest of a program within the budget and of some with higher targets, up to the room that there is."""
-    best, fits, too_high, target = fitting, fitting, 0, room
+def _faster(tried: list[Attempt], budget: int, room: int, attempt: Callable[[int], Attempt]) -> Attempt:
+    """The fastest of the last attempt, which is within the budget, and of some with higher targets."""
+    best = fits = tried[-1]
+    missed = next((other for other in reversed(tried) if other.target > fits.target), None)
+    target = _corrected(missed, fits, budget) if missed else room
     for _ in range(REFINEMENTS):
         if target <= fits.target or fits.peak > TIGHT * budget:
             break
         found = attempt(target)
         if found.peak > budget:
-            too_high = target
-            corrected = target - (found.peak - budget)
-            target = corrected if corrected > fits.target else (fits.target + target) // 2
+            missed = found
+            target = _corrected(found, fits, budget)
             continue
         fits, best = found, min(best, found, key=lambda attempt: attempt.seconds)
-        if not too_high:
+        if missed is None:
             break
-        target = (target + too_high) // 2
+        target = (target + missed.target) // 2
     return best
+
+
+def _corrected(missed: Attempt, fits: Attempt, budget: int) -> int:
+    """A target for less by what a plan misses the budget by; between the two where that is too low."""
+    target = missed.target - (missed.peak - budget)
+    return target if target > fits.target else (fits.target + missed.target) // 2
 
 
 def _smallest(tried: Iterable[Attempt], peak: int, attempt: Callable[[int, int | None], Attempt]) -> int:
