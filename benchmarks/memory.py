@@ -21,7 +21,8 @@ Process: what `pock-run` itself says about its resident memory at the peak, minu
 against planned arena plus mapped weights. It makes its batch in the arena, and reads every page of the mapped weights
 first: of an embedding table a step reads only the rows of its tokens, and the plan counts them all.
 
-Builds under a memory budget have a table of their own (memory_budget.py).
+Builds under a memory budget have a table of their own (memory_budget.py). How close plans come to what is alive, over
+the zoo and random schemes, is measured alone with `--plans-only`; `--random-schemes` says how many.
 
 MCUNet with weights and activations of eight bits in its frozen prefix has a table of its own (memory_int8.py), beside
 the figure that was published for it. That the chosen order of a small graph is the
@@ -358,6 +359,7 @@ def run(
         print(f"Picture: {output.with_suffix('.png')}")
     parts = [_summary(results)] if results else []
     parts += [memory_budget.summary(constrained)] if constrained else []
+    parts += [memory_plans.summary(tightness)] if tightness and not parts else []
     return report.finish("bench-memory", "; ".join(parts), bars)
 
 
@@ -406,6 +408,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     budgets = parser.add_mutually_exclusive_group()
     budgets.add_argument("--budget-only", action="store_true", help="nothing but models under memory budgets")
     budgets.add_argument("--no-budgets", action="store_true", help="no models under memory budgets")
+    budgets.add_argument("--plans-only", action="store_true", help="nothing but plans of the zoo and of random schemes")
     models = list(memory_budget.MODELS)
     parser.add_argument(
         "--budget-models", nargs="+", choices=models, metavar="MODEL", help=f"{', '.join(models)} (none for some cases)"
@@ -413,18 +416,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=report.OUT / "memory.json")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    chosen = [] if options.budget_only else [case for case in CASES if case.key in options.cases]
+    chosen = [] if options.budget_only or options.plans_only else [case for case in CASES if case.key in options.cases]
     partial = len(chosen) < len(CASES)
     random_schemes = options.random_schemes
     if random_schemes is None:
-        random_schemes = 0 if partial else 12 if options.quick else 200
+        random_schemes = 0 if partial and not options.plans_only else 12 if options.quick else 200
     budget_models = options.budget_models or ([] if partial and not options.budget_only else models)
     return run(
         [quick_case(case) for case in chosen] if options.quick else chosen,
         options.output,
         quick=options.quick,
         random_schemes=random_schemes,
-        budgets=[] if options.no_budgets else budget_models,
+        budgets=[] if options.no_budgets or options.plans_only else budget_models,
         pytorch_from=options.pytorch_from,
     )
 

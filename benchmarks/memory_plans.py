@@ -104,6 +104,13 @@ def tightness_bars(found: Sequence[Tightness]) -> list[report.Bar]:
     ]
 
 
+def summary(found: Sequence[Tightness]) -> str:
+    """One line over all plans."""
+    ratios = [result.ratio for result in found]
+    worst, median = max(ratios), statistics.median(ratios)
+    return f"{len(found)} plans, at most {worst:.4f} of what is alive, {median:.4f} in the median"
+
+
 @dataclass(frozen=True, slots=True)
 class Published:
     """A figure of the literature beside a plan of ours. Bytes are in the unit that the source gives."""

@@ -81,18 +81,19 @@ def _chosen(graph: Graph, images: Images, recipe: Recipe) -> Candidate | None:
         and (_is_free(recipe) or before - candidate.peak >= LEAST_RATE * before * candidate.seconds / total)
     ]
     least = min((candidate.peak for candidate in found), default=0)
-    enough = max(least, recipe.transient_target or max(recipe.sufficient, NEAR * least))
+    target = recipe.transient_target
+    enough = max(least, max(recipe.sufficient, NEAR * least) if target is None else target)
     within = [candidate for candidate in found if candidate.peak <= enough]
     return min(within, key=lambda candidate: candidate.seconds, default=None)
 
 
 def _is_free(recipe: Recipe) -> bool:
     """Whether time does not count: under a target, or where an entry would need more than the training step."""
-    return bool(recipe.transient_target or recipe.sufficient)
+    return recipe.transient_target is not None or recipe.sufficient > 0
 
 
 def _free_share(recipe: Recipe) -> float:
-    if recipe.transient_target:
+    if recipe.transient_target is not None:
         return float("inf")
     return LATER_SHARE if recipe.sufficient else FREE_SHARE
 

@@ -154,6 +154,9 @@ class Tables:
     def program_section(self) -> bytes:
         """The PROGRAM section, whose tables it fills."""
         program = self.program
+        # What stays mapped comes before what is copied once, so that no page of it is shared with the latter.
+        for value, state in sorted(self.states.values(), key=lambda pair: pair[0].name in program.state_offset):
+            self._initial(value, state)
         states = _list(self._state(value, state) for value, state in self.states.values())
         entries = _list(self.entry(name, graph) for name, graph in program.entries.items())
         head = struct.pack("<QQII", program.state_bytes, self.arena_bytes, program.max_threads, program.accumulation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import random
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import pockc
-from pockc.budget import within
+from pockc.budget import LADDER, within
 from pockc.entries import Traced
 from pockc.errors import BudgetError
 from pockc.ir import Builder, Graph, TensorType
@@ -73,13 +74,64 @@ def test_targets_are_corrected_until_the_plan_fits() -> None:
     program = fitted(compiler, 3000)
     assert 2900 < program.memory.peak_bytes <= 3000
     assert program.metadata["budget"]["unconstrained_bytes"] == 6000
-    assert compiler.asked == [(None, None), (2000, 3000), (1960, 3000)]
+    # The highest target of the ladder below the budget, the budget itself, and what that missed it by less.
+    assert compiler.asked == [(None, None), (1250, 3000), (2000, 3000), (1960, 3000)]
+
+
+def test_a_plan_that_uses_the_budget_is_not_refined() -> None:
+    compiler = Compiler()
+    assert fitted(compiler, STATES + 1300).transient == 1250
+    assert compiler.asked == [(None, None), (1250, STATES + 1300)]
 
 
 def test_other_entries_count_too() -> None:
     with pytest.raises(BudgetError) as raised:
         fitted(Compiler(others=2500), 3000)
     assert raised.value.smallest == STATES + 2500
+
+
+@dataclass
+class Erratic(Compiler):
+    """What a target comes to is anything between 1000 bytes and twice the target; ``seed`` chooses the compiler."""
+
+    seed: int = 0
+
+    def plan(self, recipe: Recipe, limit: int | None) -> Planned:
+        target = recipe.transient_target
+        self.asked.append((target, limit))
+        step = 5000 if target is None else random.Random(f"{self.seed} {target}").randint(1000, max(1000, 2 * target))
+        recipe.decisions["estimated_seconds"] = 1 / step
+        return Planned(step if limit is not None and STATES + step > limit else max(step, self.others))
+
+
+@pytest.mark.parametrize("others", [0, 2500])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_least_is_the_same_for_all_budgets_and_none_below_it_can_be_met(seed: int, others: int) -> None:
+    named = set()
+    met = []
+    for budget in range(1000, 6000, 50):
+        compiler = Erratic(seed=seed, others=others)
+        try:
+            program = fitted(compiler, budget)
+        except BudgetError as error:
+            assert error.smallest is not None
+            named.add(error.smallest)
+        else:
+            assert program.memory.peak_bytes <= budget
+            met.append(budget)
+        assert len(compiler.asked) <= 1 + 2 * len(LADDER)
+    (least,) = named
+    assert min(met) >= least
+    assert fitted(Erratic(seed=seed, others=others), least).memory.peak_bytes <= least
+    with pytest.raises(BudgetError) as raised:
+        fitted(Erratic(seed=seed, others=others), least - 1)
+    assert raised.value.smallest == least
+
+
+def test_what_no_target_makes_smaller_is_the_least_itself() -> None:
+    with pytest.raises(BudgetError) as raised:
+        fitted(Compiler(miss=6000), 3000)
+    assert raised.value.smallest == STATES + 5000
 
 
 def test_the_whole_of_a_program_counts_where_the_step_is_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,6 +91,30 @@ def test_random_schemes_are_the_same_in_every_run_and_differ_from_each_other() -
     assert len(set(schemes())) == 5
 
 
+@pytest.mark.parametrize(("switches", "schemes"), [([], 200), (["--quick"], 12), (["--random-schemes", "7"], 7)])
+def test_plans_alone_make_a_report(
+    switches: list[str],
+    schemes: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def measured(random_schemes: int, *, small: bool) -> list[memory_plans.Tightness]:
+        assert (random_schemes, small) == (schemes, "--quick" in switches)
+        return [memory_plans.Tightness("m", name, planned, 1000) for name, planned in (("a", 1000), ("b", 1040))]
+
+    monkeypatch.setattr(memory_plans, "measure_tightness", measured)
+    output = tmp_path / "memory.json"
+
+    code = memory.main(["--plans-only", *switches, "--output", str(output)])
+
+    content = json.loads(output.read_text())
+    assert (content["cases"], content["budgets"], content["published"], content["eight_bits"]) == ([], [], [], [])
+    assert [entry["ratio"] for entry in content["tightness"]] == [1.0, 1.04]
+    assert code == 1 and [bar["met"] for bar in content["bars"]] == [False, False]
+    assert "2 plans, at most 1.0400 of what is alive, 1.0200 in the median" in capsys.readouterr().out
+
+
 @pytest.mark.native
 @pytest.mark.slow
 def test_eight_bits_take_less_memory_and_change_the_loss_a_little() -> None:

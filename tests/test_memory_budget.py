@@ -164,6 +164,7 @@ def test_a_run_that_is_stopped_leaves_what_it_has_measured(
         (["--cases", "mobilenet-full"], []),
         (["--cases", "mobilenet-full", "--budget-models", "resnet50"], ["resnet50"]),
         (["--budget-only"], list(memory_budget.MODELS)),
+        (["--plans-only"], []),
     ],
 )
 def test_switches_choose_the_models_under_budgets(
@@ -171,7 +172,7 @@ def test_switches_choose_the_models_under_budgets(
 ) -> None:
     def run(cases: list[memory.Case], output: Path, *, budgets: list[str], **options: Any) -> int:
         assert budgets == models
-        assert bool(cases) == ("--budget-only" not in switches)
+        assert bool(cases) == (not {"--budget-only", "--plans-only"} & set(switches))
         return 7
 
     monkeypatch.setattr(memory, "run", run)

@@ -104,7 +104,7 @@ struct EntryRecord {
   std::vector<Argument> outputs;
   std::vector<CallRecord> calls;
   std::vector<uint32_t> operands;  // indices of tensors, of all calls
-  std::vector<int64_t> ints;
+  std::vector<int64_t> ints;       // attributes; calls with the same list share it
   std::vector<double> floats;
 
   Span<uint32_t> inputs_of(const CallRecord& call) const { return {operands, call.inputs}; }

@@ -1,6 +1,9 @@
 // The tables of the PROGRAM section. Field ranges are checked here; references between tables in
 // program_check.cpp.
+#include <cstring>
+
 #include "byte_reader.h"
+#include "crc32.h"
 #include "error.h"
 #include "half.h"
 #include "program.h"
@@ -100,35 +103,57 @@ Range append_list(ByteReader& reader, uint32_t limit, std::vector<T>* array, Rea
   return range;
 }
 
-Status read_call(ByteReader& reader, size_t index, EntryRecord* entry) {
+// Lists of attributes that an entry has already. The same layer on another micro-batch, or another strip of
+// rows, has the same attributes: of the lists of a large program few are distinct.
+class KnownLists {
+ public:
+  // The earlier range with the same elements as `last`, which is at the end of the array and goes away then.
+  template <typename T>
+  Range shared(Range last, std::vector<T>* array) {
+    if (last.count == 0) return last;
+    const T* elements = array->data() + last.first;
+    const size_t bytes = last.count * sizeof(T);
+    Range& known = slots_[crc32(0, elements, bytes) % kSlots];
+    if (known.count != last.count || std::memcmp(array->data() + known.first, elements, bytes) != 0)
+      return known = last;
+    array->resize(last.first);
+    return known;
+  }
+
+ private:
+  static constexpr uint32_t kSlots = 512;  // of two lists with one slot the later one is known
+  std::vector<Range> slots_ = std::vector<Range>(kSlots);
+};
+
+Status read_call(ByteReader& reader, size_t index, EntryRecord* entry, KnownLists* ints, KnownLists* floats) {
   CallRecord* call = &entry->calls[index];
   call->op = reader.u32();
   call->origin = reader.u32();
   call->inputs = append_list(reader, kMaxOperands, &entry->operands, [&] { return reader.u32(); });
   call->outputs = append_list(reader, kMaxOperands, &entry->operands, [&] { return reader.u32(); });
   call->ints = append_list(reader, kMaxAttributes, &entry->ints, [&] { return reader.i64(); });
+  call->ints = ints->shared(call->ints, &entry->ints);
   call->floats = append_list(reader, kMaxAttributes, &entry->floats, [&] { return reader.f64(); });
+  call->floats = floats->shared(call->floats, &entry->floats);
   call->workspace_offset = reader.u64();
   call->workspace_bytes = reader.u64();
   return reader.failed() ? truncated("call", index) : PK_OK;
 }
 
-// Makes room for the lists of all calls, so that arrays do not grow step by step and leave holes behind.
-// Takes a reader of its own; what is wrong with the file is for `read_call` to say.
-void reserve_lists(ByteReader reader, EntryRecord* entry) {
-  size_t operands = 0, ints = 0, floats = 0;
+// Makes room for the operands of all calls, so that the array does not grow step by step and leave holes
+// behind. Takes a reader of its own; what is wrong with the file is for `read_call` to say.
+void reserve_operands(ByteReader reader, EntryRecord* entry) {
+  size_t operands = 0;
   for (size_t i = 0; i < entry->calls.size() && !reader.failed(); ++i) {
     reader.u64();  // op and origin
     operands += reader.skip_list(kMaxOperands, sizeof(uint32_t));
     operands += reader.skip_list(kMaxOperands, sizeof(uint32_t));
-    ints += reader.skip_list(kMaxAttributes, sizeof(int64_t));
-    floats += reader.skip_list(kMaxAttributes, sizeof(double));
+    reader.skip_list(kMaxAttributes, sizeof(int64_t));
+    reader.skip_list(kMaxAttributes, sizeof(double));
     reader.u64();  // workspace
     reader.u64();
   }
   entry->operands.reserve(operands);
-  entry->ints.reserve(ints);
-  entry->floats.reserve(floats);
 }
 
 void read_arguments(ByteReader& reader, std::vector<Argument>* arguments) {
@@ -146,8 +171,9 @@ Status read_entry(ByteReader& reader, size_t index, EntryRecord* entry) {
   const uint32_t calls = reader.count(kMaxCalls, 40);
   if (reader.failed()) return truncated("entry", index);
   entry->calls.resize(calls);
-  reserve_lists(reader, entry);
-  for (size_t i = 0; i < calls; ++i) POCKC_TRY(read_call(reader, i, entry));
+  reserve_operands(reader, entry);
+  KnownLists ints, floats;
+  for (size_t i = 0; i < calls; ++i) POCKC_TRY(read_call(reader, i, entry, &ints, &floats));
   return PK_OK;
 }
 
