@@ -3,7 +3,8 @@
 Sizes are measured one after the other as `benchmarks.speed` measures its cases, PyTorch in turns with pockc. Where the
 maths is linear, twice the batch may cost twice the time and no more. Attention is quadratic in the sequence, so that
 the bar is on operations per second: those that PyTorch counts in a step of the same model with the same trained
-parameters. Either way, a size has to reach what the size before it did, but for `NOISE`.
+parameters. It knows attention from other kernels than those of a CPU; the same formulas are used for these. They know
+no causal mask. Either way, a size has to reach what the size before it did, but for `NOISE`.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from matplotlib import pyplot
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils import flop_counter
 
 from benchmarks import memory_peer, pytorch_peer, report, zoo
 from benchmarks.speed import Case, Clock, Result, Sides, measure
@@ -74,9 +75,13 @@ def operations(case: Case, trained: Sequence[str]) -> int:
     model, inputs = getattr(zoo, case.model)(**case.arguments)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
-    # PyTorch's own count of this gradient knows no groups: a depthwise one would count as a dense one.
-    counts = {torch.ops.aten.convolution_backward: _convolution_gradients}
-    with FlopCounterMode(display=False, custom_mapping=counts) as counter:
+    counts = {
+        # PyTorch's own count of this gradient knows no groups: a depthwise one would count as a dense one.
+        torch.ops.aten.convolution_backward: _convolution_gradients,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_gradients,
+    }
+    with flop_counter.FlopCounterMode(display=False, custom_mapping=counts) as counter:
         loss = pytorch_peer.training_loss(model, memory_peer.batch_of(inputs, case.loss), case.loss)
         loss.backward()  # type: ignore[no-untyped-call]
     return int(counter.get_total_flops())
@@ -86,6 +91,16 @@ def _convolution_gradients(ct: Sequence[int], x: Sequence[int], w: Sequence[int]
     """Of shapes [N, O, ...], [N, C, ...] and [O, C / groups, ...]: each gradient takes what the convolution took."""
     wanted = rest[-1]
     return 2 * math.prod(ct) * math.prod(w[1:]) * int(sum(wanted[:2]))
+
+
+def _attention(q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: Any, **__: Any) -> int:
+    return int(flop_counter.sdpa_flop_count(q, k, v))  # type: ignore[no-untyped-call]
+
+
+def _attention_gradients(
+    ct: Sequence[int], q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: Any, **__: Any
+) -> int:
+    return int(flop_counter.sdpa_backward_flop_count(ct, q, k, v))  # type: ignore[no-untyped-call]
 
 
 def measure_series(series: Series, scheme: str, sides: Sides, seconds: float) -> list[Point]:

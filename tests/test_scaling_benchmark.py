@@ -1,6 +1,7 @@
 """The benchmark of growing sizes: it runs on small models, and its bar is on operations per second."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,14 @@ def test_gradients_of_a_depthwise_convolution_count_one_channel_each() -> None:
 
     assert scaling._convolution_gradients(image, image, weight, 8, [True, False, False]) == 2 * 8 * 16 * 9
     assert scaling._convolution_gradients(image, image, weight, 8, [True, True, True]) == 2 * 2 * 8 * 16 * 9
+
+
+def test_attention_counts_and_grows_with_the_square_of_the_sequence() -> None:
+    small = {"layers": 1, "width": 64, "vocab_size": 64}
+    cases = [replace(scaling.SERIES[1], arguments={"batch_size": 1, **small}).case(length) for length in (32, 64)]
+    trained = [f"model.layers.0.self_attn.{name}_proj.weight" for name in "qkv"]
+
+    short, long = (scaling.operations(case, trained) for case in cases)
+
+    # Seven products of 8 heads 8 wide with all pairs of positions: two forward, five backward.
+    assert long - 2 * short == 7 * 2 * 8 * 8 * (64**2 - 2 * 32**2)

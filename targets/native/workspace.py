@@ -23,7 +23,8 @@ _GEMM_PADDING = 16  # floats between copied rows
 _SUM_FLOATS = 64 * 1024  # of a result in 16 bits, before it is rounded
 _DEPTHWISE_UNITS = 4  # separately summed parts of a depthwise weight gradient
 _NORM_UNITS = 4  # separately summed parts of a normalisation's gamma gradient
-_SCORE_FLOATS = 32768  # of a block of attention scores, where sequences are long
+_SCORE_QUERIES, _SCORE_KEYS = 64, 256  # of a tile of attention scores
+_SCORE_PADDING = 16  # floats between its rows
 _WINOGRAD_INPUTS = 64 * 1024  # most floats of transformed inputs at a time
 _WINOGRAD_WEIGHTS = 128 * 1024  # and of transformed weights
 _WINOGRAD_TILES = 64  # that are transformed at a time, at least
@@ -194,28 +195,29 @@ def _cross_entropy(inputs: Types, outputs: Types, attrs: Attributes, threads: in
     return _FLOAT * _round_up(inputs[0].shape[0], 16)
 
 
-def _score_block(queries: int, keys: int) -> tuple[int, int]:
-    """Query rows of one block of attention scores, and its bytes."""
-    rows = min(queries, max(8, min(64, _SCORE_FLOATS // keys)))
-    return rows, _FLOAT * rows * _round_up(keys, 16)
+def _score_tile(queries: int, keys: int) -> tuple[int, int, int]:
+    """Queries and keys of one tile of attention scores, and its bytes."""
+    rows, columns = min(queries, _SCORE_QUERIES), min(keys, _SCORE_KEYS)
+    return rows, columns, _FLOAT * rows * (_round_up(columns, 16) + _SCORE_PADDING)
 
 
 def _attention(inputs: Types, outputs: Types, attrs: Attributes, threads: int) -> int:
     queries, depth = inputs[0].shape[2:]
     keys, value_depth = inputs[2].shape[2:]
-    rows, block = _score_block(queries, keys)
-    scores = _part(rows, keys, depth, copied=True)
-    return threads * (block + max(scores, _part(rows, value_depth, keys, copied=True, narrowed=outputs[0].is_half)))
+    rows, columns, tile = _score_tile(queries, keys)
+    sums = _FLOAT * _round_up(rows * value_depth, 16) if outputs[0].is_half else 0
+    products = (_part(rows, columns, depth, copied=True), _part(rows, value_depth, columns, copied=True))
+    return threads * (tile + sums + max(products))
 
 
 def _attention_grad(inputs: Types, outputs: Types, attrs: Attributes, threads: int) -> int:
     queries, depth = inputs[1].shape[2:]
     keys, value_depth = inputs[3].shape[2:]
-    rows, block = _score_block(queries, keys)
+    rows, columns, tile = _score_tile(queries, keys)
     widest = max(depth, value_depth)
-    products = ((rows, keys, widest), (rows, depth, keys))
-    scratch = max(*(_part(*shape, copied=True) for shape in products), _part(keys, widest, rows, True, transposed=True))
-    return threads * (2 * block + scratch)
+    products = (_part(rows, across, inner, copied=True) for across, inner in ((columns, widest), (depth, columns)))
+    scratch = max(*products, _part(columns, widest, rows, copied=True, transposed=True))
+    return threads * (2 * tile + scratch)
 
 
 _RULES: dict[str, Callable[[Types, Types, Attributes, int], int]] = {

@@ -74,6 +74,7 @@ CASES: list[tuple[str, Operands, Mapping[str, Any], tuple[int, ...] | None]] = [
     ("rms_norm_grad_gamma", (f32(9, 37), f32(9, 37)), {"epsilon": 1e-5}, None),
     ("attention", (f32(2, 4, 5, 8), f32(2, 2, 7, 8), f32(2, 2, 7, 19)), {"scale": 0.3}, None),
     ("attention", (f32(1, 2, 70, 8), f32(1, 2, 70, 8), f32(1, 2, 70, 8)), {"scale": 0.3, "causal": True}, (0, 2)),
+    ("attention", (f32(1, 2, 70, 8), f32(1, 2, 300, 8), f32(1, 2, 300, 8)), {"scale": 0.3}, None),
     ("attention_grad", (*(f32(1, 2, 9, 8),) * 5, f32(1, 2, 9)), {"scale": 0.3, "causal": True}, None),
     ("transpose", (f32(2, 3, 5, 8),), {"permutation": (0, 2, 1, 3)}, None),
     ("transpose", (f32(5, 7),), {"permutation": (1, 0)}, None),

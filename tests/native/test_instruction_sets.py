@@ -91,6 +91,12 @@ def test_every_instruction_set_agrees_with_numpy_and_fused_ones_with_each_other(
         ("reduce_sum", ((3000, 45),), {"axes": (0,)}),
         ("reduce_sum", ((3, 20000),), {"axes": (1,)}),
         ("attention", ((2, 3, 70, 24), (2, 3, 90, 24), (2, 3, 90, 40)), {"scale": 0.2}),
+        ("attention", ((1, 4, 300, 24), (1, 2, 300, 24), (1, 2, 300, 40)), {"scale": 0.2, "causal": True}),
+        (
+            "attention_grad",
+            ((1, 4, 300, 40), (1, 4, 300, 24), (1, 2, 300, 24), (1, 2, 300, 40), (1, 4, 300, 40), (1, 4, 300)),
+            {"scale": 0.1, "causal": True},
+        ),
     ],
 )
 def test_long_sums_have_the_same_bits_on_every_fused_set_and_thread_count(

@@ -129,6 +129,44 @@ def test_a_vectorised_kernel_agrees_with_numpy_beyond_its_block_sizes(
         assert_close(found, case.expected(), case.tolerance)
 
 
+# Keys of which a query sees some in a second tile alone, or none.
+_LATE_KEYS = np.ones((1, 1, 150, 600), np.bool_)
+_LATE_KEYS[..., ::3, :300] = False
+_LATE_KEYS[..., ::7, :] = False
+_LONG, _SHORT = TensorType((1, 4, 150, 24)), TensorType((1, 2, 150, 24))
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "masks", "causal"),
+    [
+        (_LONG, TensorType((1, 2, 600, 24)), (_LATE_KEYS,), False),
+        (
+            _LONG,
+            TensorType((1, 2, 600, 24)),
+            (np.where(_LATE_KEYS, np.float32(0.5), -np.inf).astype(np.float32),),
+            False,
+        ),
+        (TensorType((2, 2, 600, 24)), TensorType((2, 1, 600, 24)), (), True),
+        (TensorType((1, 2, 600, 24)), _SHORT, (), True),
+        (_LONG, TensorType((1, 2, 600, 24)), (), True),
+    ],
+)
+def test_attention_over_several_tiles_agrees_with_numpy_in_both_directions(
+    query: TensorType, key: TensorType, masks: tuple[Array, ...], causal: bool
+) -> None:
+    attrs = {"scale": 0.6, "causal": causal}
+    forward = Case.of("attention", Sample((query, key, key, *masks), attrs, tolerance=1e-5))
+    out, sums = forward.expected()
+    ct = np.random.default_rng(1).uniform(-2, 2, out.shape).astype(np.float32)
+    q, k, v = forward.operands[:3]
+    backward = Case.of("attention_grad", Sample((ct, q, k, v, out, sums, *masks), attrs, tolerance=1e-5))
+    for case in (forward, backward):
+        for threads in (1, 3):
+            status, found = kernels.run(case.op, "simd", case.operands, case.outputs, case.attrs, threads=threads)
+            assert status == kernels.OK
+            assert_close(found, case.expected(), case.tolerance)
+
+
 def shared_buffers(case: Case) -> Iterator[dict[int, int]]:
     """The ways in which outputs of this call may take over the buffers of inputs."""
     for i in OPS[case.op].in_place:

@@ -1,9 +1,10 @@
-// What attention and its gradient share: shapes, the block of score rows, masks.
+// What attention and its gradient share: shapes, tiles of scores, masks.
 //
-// A block of `block_rows` queries of one head is taken at a time; its scores against all keys it may see are
-// one matrix product into the workspace, exact softmax follows, then the second product. So the scratch
-// memory is one block of rows, 64 at most and about kBlockFloats floats where sequences are long, and never
-// all queries times all keys. Block sizes follow from the shape alone.
+// Scores are never held as a whole, but a tile at a time: kTileQueries queries of a head against kTileKeys
+// keys, in the second-level cache whatever the length of the sequence, so that the time of a score does not
+// grow with it, nor the workspace. Tiles that a causal mask hides are skipped, and one on the diagonal ends
+// where its last query does. Each tile is a matrix product, what softmax makes of its rows, and products of
+// that with other operands, to which tiles add one after the other. Their sizes follow from the shape alone.
 #ifndef POCKC_SIMD_ATTENTION_H_
 #define POCKC_SIMD_ATTENTION_H_
 
@@ -14,9 +15,9 @@
 namespace pockc {
 namespace POCKC_SIMD_NAMESPACE {
 
-constexpr int64_t kBlockFloats = 32768;
-constexpr int64_t kMostBlockRows = 64;
-constexpr int64_t kLeastBlockRows = 8;
+constexpr int64_t kTileQueries = 64;  // these two are part of the result's definition
+constexpr int64_t kTileKeys = 256;
+constexpr int64_t kScorePadding = 16;  // floats between rows: of powers of two they would share cache sets
 
 // Elements of a tensor, floats or halves, from one of them on.
 struct Elements {
@@ -31,6 +32,14 @@ struct Elements {
     later.data = advanced(data, dtype, index);
     return later;
   }
+};
+
+// Queries [begin, end) of head h against keys [first, last): those before `last` that any of them may see.
+struct ScoreTile {
+  int64_t b, h, begin, end, first, last;
+
+  int64_t rows() const { return end - begin; }
+  int64_t columns() const { return last - first; }
 };
 
 struct Attention {
@@ -58,18 +67,23 @@ struct Attention {
     }
   }
 
-  int64_t block_rows() const {
-    const int64_t rows = maximum(kLeastBlockRows, minimum(kMostBlockRows, kBlockFloats / keys));
-    return minimum(rows, queries);
-  }
-  int64_t score_pitch() const { return round_up(keys, 16); }
+  int64_t tile_queries() const { return minimum(kTileQueries, queries); }
+  int64_t tile_keys() const { return minimum(kTileKeys, keys); }
+  int64_t score_pitch() const { return round_up(tile_keys(), 16) + kScorePadding; }
+  int64_t tile_floats() const { return tile_queries() * score_pitch(); }
   // Keys that queries before `end` may see.
   int64_t visible(int64_t end) const { return causal ? minimum(keys, end) : keys; }
-  int64_t key_head(int64_t head) const { return head / (heads / key_heads); }
-
-  // scores[i, j] = scale q_i . k_j, masked, for queries [begin, end) of head (b, h) and keys [0,
-  // visible(end)).
-  void scores(int64_t b, int64_t h, int64_t begin, int64_t end, float* to, float* scratch) const;
+  int64_t group() const { return heads / key_heads; }
+  int64_t query_row(int64_t b, int64_t h, int64_t i) const { return (b * heads + h) * queries + i; }
+  int64_t key_row(int64_t b, int64_t h, int64_t j) const { return (b * key_heads + h / group()) * keys + j; }
+  ScoreTile tile(int64_t b, int64_t h, int64_t begin, int64_t first) const {
+    const int64_t end = minimum(queries, begin + kTileQueries);
+    return {b, h, begin, end, first, minimum(visible(end), first + kTileKeys)};
+  }
+  // Columns of a tile that query i may see: the first ones.
+  int64_t visible_columns(const ScoreTile& tile, int64_t i) const {
+    return maximum<int64_t>(0, minimum(visible(i + 1), tile.last) - tile.first);
+  }
 };
 
 inline void plain(Gemm* g, Elements a, int64_t a_stride, bool a_transposed, Elements b, int64_t b_stride,
@@ -83,53 +97,62 @@ inline void plain(Gemm* g, Elements a, int64_t a_stride, bool a_transposed, Elem
   g->c.data = c, g->c.stride = c_stride;
 }
 
-// A vector of scores, scaled and masked: where `keep` is zero nothing is seen, `add` is added. The last axis
-// of a mask has one element, or one per key; most neighbours are alike, which is quicker to find than lanes
-// are to set.
-POCKC_INLINE vf masked(vf score, const uint8_t* keep, int64_t step, int64_t n) {
-  constexpr uint8_t kNoneSeen[16] = {};
-  constexpr uint8_t kAllSeen[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
-  if (step == 0) return *keep != 0 ? score : splat(-kInfinity);
-  if (n == W && std::memcmp(keep, kAllSeen, W) == 0) return score;
-  if (n == W && std::memcmp(keep, kNoneSeen, W) == 0) return splat(-kInfinity);
-  const vi kept = __builtin_convertvector(load_narrow<narrow_pairs>(keep, n), vi);
-  return select(kept != 0, score, splat(-kInfinity));
-}
-POCKC_INLINE vf masked(vf score, const float* add, int64_t step, int64_t n) {
-  return score + (step == 0 ? splat(*add) : load_n(add, n));
+inline void multiply(int64_t m, int64_t n, int64_t k, Gemm* g, bool accumulate, float* scratch) {
+  g->m = m, g->n = n, g->k = k;
+  g->accumulate = accumulate;
+  gemm_alone(*g, scratch);
 }
 
-template <typename T>
-void scale_and_mask(float scale, const T* mask, int64_t step, int64_t seen, float* row) {
-  for_vectors(0, seen, [&](int64_t j, int64_t valid) POCKC_LAMBDA {
-    const vf score = load_n(row + j, valid) * splat(scale);
-    store_n(row + j, mask == nullptr ? score : masked(score, mask + j * step, step, valid), valid);
-  });
-}
-
-inline void finish_row(const Attention& a, int64_t b, int64_t h, int64_t i, int64_t seen, float* row) {
-  const int64_t at = b * a.mask_strides[0] + h * a.mask_strides[1] + i * a.mask_strides[2];
-  if (a.mask == nullptr) {
-    scale_and_mask<float>(a.scale, nullptr, 0, seen, row);
-  } else if (a.mask->dtype == DType::kBool) {
-    scale_and_mask(a.scale, a.mask->as<uint8_t>() + at, a.mask_strides[3], seen, row);
-  } else {
-    scale_and_mask(a.scale, a.mask->as<float>() + at, a.mask_strides[3], seen, row);
-  }
-  if (!a.causal) return;
-  for (int64_t j = i + 1; j < seen; ++j) row[j] = -kInfinity;
-}
-
-inline void Attention::scores(int64_t b, int64_t h, int64_t begin, int64_t end, float* to,
-                              float* scratch) const {
-  const int64_t seen = visible(end);
+// to[i, j] = q_i . k_j
+inline void score_products(const Attention& a, const ScoreTile& tile, float* to, float* scratch) {
   Gemm g;
-  g.m = end - begin, g.n = seen, g.k = depth;
-  plain(&g, q.from(((b * heads + h) * queries + begin) * depth), depth, false,
-        k.from((b * key_heads + key_head(h)) * keys * depth), depth, true, to, score_pitch());
-  gemm_alone(g, scratch);
-  for (int64_t i = begin; i < end; ++i) {
-    finish_row(*this, b, h, i, seen, to + (i - begin) * score_pitch());
+  plain(&g, a.q.from(a.query_row(tile.b, tile.h, tile.begin) * a.depth), a.depth, false,
+        a.k.from(a.key_row(tile.b, tile.h, tile.first) * a.depth), a.depth, true, to, a.score_pitch());
+  multiply(tile.rows(), tile.columns(), a.depth, &g, false, scratch);
+}
+
+// Masks of one row of a tile: what they make of a vector of scores, from column j on. Where a boolean one is
+// false nothing is seen, another is added. Its last axis has one element, or one per key; most neighbours are
+// alike, which is quicker to find than lanes are to set.
+struct NoMask {
+  POCKC_INLINE vf operator()(vf score, int64_t, int64_t) const { return score; }
+};
+template <typename T>
+struct RowMask {
+  const T* row;
+  int64_t step;
+
+  POCKC_INLINE vf operator()(vf score, int64_t j, int64_t valid) const {
+    return masked(score, row + j * step, valid);
+  }
+  POCKC_INLINE vf masked(vf score, const uint8_t* keep, int64_t n) const {
+    constexpr uint8_t kNoneSeen[16] = {};
+    constexpr uint8_t kAllSeen[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+    if (step == 0) return *keep != 0 ? score : splat(-kInfinity);
+    if (n == W && std::memcmp(keep, kAllSeen, W) == 0) return score;
+    if (n == W && std::memcmp(keep, kNoneSeen, W) == 0) return splat(-kInfinity);
+    const vi kept = __builtin_convertvector(load_narrow<narrow_pairs>(keep, n), vi);
+    return select(kept != 0, score, splat(-kInfinity));
+  }
+  POCKC_INLINE vf masked(vf score, const float* add, int64_t n) const {
+    return score + (step == 0 ? splat(*add) : load_n(add, n));
+  }
+};
+
+// Calls f with the mask of query i of a tile.
+template <typename F>
+POCKC_INLINE void with_mask(const Attention& a, const ScoreTile& tile, int64_t i, F&& f) {
+  if (a.mask == nullptr) {
+    f(NoMask());
+    return;
+  }
+  const int64_t step = a.mask_strides[3];
+  const int64_t at =
+      tile.b * a.mask_strides[0] + tile.h * a.mask_strides[1] + i * a.mask_strides[2] + tile.first * step;
+  if (a.mask->dtype == DType::kBool) {
+    f(RowMask<uint8_t>{a.mask->as<uint8_t>() + at, step});
+  } else {
+    f(RowMask<float>{a.mask->as<float>() + at, step});
   }
 }
 

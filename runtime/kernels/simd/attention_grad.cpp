@@ -1,7 +1,8 @@
-// attention_grad. With p = exp(s - logsumexp), recomputed per block of query rows:
-//   dv += p^T ct;   dp = ct v^T;   ds = p (dp - rowsum(ct out)) scale;   dq = ds k;   dk += ds^T q
-// A thread takes whole key/value heads: dk and dv then are sums over blocks (and over the query heads of a
-// group) in a fixed order. Workspace per thread: two blocks of score rows and the scratch of the products.
+// attention_grad. With p = exp(s - logsumexp), recomputed per tile (attention.h):
+//   dv += p^T ct;   dp = ct v^T;   ds = p (dp - rowsum(ct out)) scale;   dq += ds k;   dk += ds^T q
+// Tiles of keys are the outer loop: k, v, dk and dv of one stay in the cache while queries pass, and all
+// results are sums over tiles (dk and dv over the query heads of a group too) in a fixed order. A thread
+// takes whole key/value heads. Workspace per thread: tiles of p and of ds, and the scratch of the products.
 #include "simd/attention.h"
 
 namespace pockc {
@@ -10,18 +11,15 @@ namespace {
 
 // As if every left matrix were copied, which not all are: the most that any of the products asks for.
 int64_t product_scratch(const Attention& a) {
-  const int64_t rows = a.block_rows(), widest = maximum(a.depth, a.value_depth);
-  const int64_t scores = part_scratch(rows, a.keys, widest, Copied::kRows);
-  return maximum(maximum(scores, part_scratch(rows, a.depth, a.keys, Copied::kRows)),
-                 part_scratch(a.keys, widest, rows, Copied::kColumns));
+  const int64_t rows = a.tile_queries(), keys = a.tile_keys(), widest = maximum(a.depth, a.value_depth);
+  const int64_t scores = part_scratch(rows, keys, widest, Copied::kRows);
+  return maximum(maximum(scores, part_scratch(rows, a.depth, keys, Copied::kRows)),
+                 part_scratch(keys, widest, rows, Copied::kColumns));
 }
-int64_t thread_floats(const Attention& a) {
-  return 2 * a.block_rows() * a.score_pitch() + product_scratch(a);
-}
+int64_t thread_floats(const Attention& a) { return 2 * a.tile_floats() + product_scratch(a); }
 
-struct Head {
-  int64_t b, h;
-  Elements ct, q, k, v, out;
+struct Gradients {
+  Elements ct, out;
   const float* log_sums;
   float *dq, *dk, *dv;
 };
@@ -42,59 +40,63 @@ float row_product(Elements x, Elements y, int64_t n) {
   });
 }
 
-void multiply(int64_t m, int64_t n, int64_t k, Gemm* g, bool accumulate, float* scratch) {
-  g->m = m, g->n = n, g->k = k;
-  g->accumulate = accumulate;
-  gemm_alone(*g, scratch);
+// Products of queries with keys to p, and of ct with v to ds: of a row, n of which the query sees.
+template <typename Mask>
+POCKC_INLINE void differentiate(const Attention& a, const Mask& mask, float log_sum, float delta, int64_t n,
+                                float* p, float* ds) {
+  for_vectors(0, n, [&](int64_t j, int64_t valid) POCKC_LAMBDA {
+    const vf score = mask(load_n(p + j, valid) * splat(a.scale), j, valid);
+    const vf probability = exponential_of_negative(score - splat(log_sum));
+    store_n(p + j, probability, valid);
+    store_n(ds + j, probability * (load_n(ds + j, valid) - splat(delta)) * splat(a.scale), valid);
+  });
 }
 
-void run_block(const Attention& a, const Head& head, int64_t begin, int64_t end, float* p, float* scratch) {
-  const int64_t seen = a.visible(end), rows = end - begin, pitch = a.score_pitch();
-  const int64_t depth = a.depth, width = a.value_depth;
-  float* ds = p + a.block_rows() * pitch;
-  a.scores(head.b, head.h, begin, end, p, scratch);
-  Gemm g;
-  plain(&g, head.ct.from(begin * width), width, false, head.v, width, true, ds, pitch);
-  multiply(rows, seen, width, &g, false, scratch);
-  for (int64_t i = begin; i < end; ++i) {
-    float* p_row = p + (i - begin) * pitch;
-    float* ds_row = ds + (i - begin) * pitch;
-    const float log_sum = head.log_sums[i];
-    if (log_sum == -kInfinity) {  // no key is visible
-      zero_run(p_row, seen);
-      zero_run(ds_row, seen);
-      continue;
-    }
-    const vf delta = splat(row_product(head.ct.from(i * width), head.out.from(i * width), width));
-    for_vectors(0, seen, [&](int64_t j, int64_t valid) POCKC_LAMBDA {
-      const vf probability = exponential_of_negative(load_n(p_row + j, valid) - splat(log_sum));
-      store_n(p_row + j, probability, valid);
-      store_n(ds_row + j, probability * (load_n(ds_row + j, valid) - delta) * splat(a.scale), valid);
-    });
+// The products of a tile become its p and ds.
+void differentiate_tile(const Attention& a, const Gradients& gradients, const ScoreTile& tile, float* p,
+                        float* ds) {
+  const int64_t width = a.value_depth;
+  for (int64_t i = tile.begin; i < tile.end; ++i, p += a.score_pitch(), ds += a.score_pitch()) {
+    const int64_t row = a.query_row(tile.b, tile.h, i);
+    const float log_sum = gradients.log_sums[row];
+    const int64_t seen = log_sum == -kInfinity ? 0 : a.visible_columns(tile, i);
+    const float delta = row_product(gradients.ct.from(row * width), gradients.out.from(row * width), width);
+    with_mask(a, tile, i,
+              [&](const auto& mask) POCKC_LAMBDA { differentiate(a, mask, log_sum, delta, seen, p, ds); });
+    zero_run(p + seen, tile.columns() - seen);
+    zero_run(ds + seen, tile.columns() - seen);
   }
-  plain(&g, p, pitch, true, head.ct.from(begin * width), width, false, head.dv, width);
-  multiply(seen, width, rows, &g, true, scratch);
-  plain(&g, ds, pitch, false, head.k, depth, false, head.dq + begin * depth, depth);
-  multiply(rows, depth, seen, &g, false, scratch);
-  plain(&g, ds, pitch, true, head.q.from(begin * depth), depth, false, head.dk, depth);
-  multiply(seen, depth, rows, &g, true, scratch);
 }
 
-Head head_of(const Call& call, const Attention& a, int64_t b, int64_t h) {
-  const int64_t query_head = b * a.heads + h, key_head = b * a.key_heads + a.key_head(h);
-  const int64_t queries = query_head * a.queries, keys = key_head * a.keys;
-  Head head;
-  head.b = b, head.h = h;
-  head.ct = Elements(call.inputs[0]).from(queries * a.value_depth);
-  head.q = a.q.from(queries * a.depth);
-  head.k = a.k.from(keys * a.depth);
-  head.v = a.v.from(keys * a.value_depth);
-  head.out = Elements(call.inputs[4]).from(queries * a.value_depth);
-  head.log_sums = call.inputs[5].as<float>() + queries;
-  head.dq = call.outputs[0].as<float>() + queries * a.depth;
-  head.dk = call.outputs[1].as<float>() + keys * a.depth;
-  head.dv = call.outputs[2].as<float>() + keys * a.value_depth;
-  return head;
+void add_tile(const Attention& a, const Gradients& gradients, const ScoreTile& tile, float* p,
+              float* scratch) {
+  const int64_t rows = tile.rows(), columns = tile.columns(), pitch = a.score_pitch();
+  const int64_t depth = a.depth, width = a.value_depth;
+  const int64_t query = a.query_row(tile.b, tile.h, tile.begin), key = a.key_row(tile.b, tile.h, tile.first);
+  const Elements ct = gradients.ct.from(query * width);
+  float* ds = p + a.tile_floats();
+  Gemm g;
+  score_products(a, tile, p, scratch);
+  plain(&g, ct, width, false, a.v.from(key * width), width, true, ds, pitch);
+  multiply(rows, columns, width, &g, false, scratch);
+  differentiate_tile(a, gradients, tile, p, ds);
+  plain(&g, p, pitch, true, ct, width, false, gradients.dv + key * width, width);
+  multiply(columns, width, rows, &g, true, scratch);
+  plain(&g, ds, pitch, false, a.k.from(key * depth), depth, false, gradients.dq + query * depth, depth);
+  multiply(rows, depth, columns, &g, tile.first > 0, scratch);
+  plain(&g, ds, pitch, true, a.q.from(query * depth), depth, false, gradients.dk + key * depth, depth);
+  multiply(columns, depth, rows, &g, true, scratch);
+}
+
+// What all queries that see a tile of keys give, of the heads that share these.
+void add_keys(const Attention& a, const Gradients& gradients, int64_t key_head, int64_t first, float* p) {
+  const int64_t b = key_head / a.key_heads, head = key_head % a.key_heads * a.group();
+  const int64_t earliest = a.causal ? first / kTileQueries * kTileQueries : 0;
+  for (int64_t h = head; h < head + a.group(); ++h) {
+    for (int64_t begin = earliest; begin < a.queries; begin += kTileQueries) {
+      add_tile(a, gradients, a.tile(b, h, begin, first), p, p + 2 * a.tile_floats());
+    }
+  }
 }
 
 }  // namespace
@@ -107,21 +109,16 @@ bool accepts_attention_grad(const Call& call) {
 
 Status run_attention_grad(const Call& call) {
   const Attention a(call, 1, 6);
-  const int64_t rows = a.block_rows(), group = a.heads / a.key_heads;
-  parallel(call, a.batch * a.key_heads, 1, [&](int64_t first, int64_t last, int thread) {
+  const Gradients gradients = {Elements(call.inputs[0]),    Elements(call.inputs[4]),
+                               call.inputs[5].as<float>(),  call.outputs[0].as<float>(),
+                               call.outputs[1].as<float>(), call.outputs[2].as<float>()};
+  parallel(call, a.batch * a.key_heads, 1, [&](int64_t unit, int64_t last, int thread) {
     float* p = workspace(call) + thread * thread_floats(a);
-    float* scratch = p + 2 * rows * a.score_pitch();
-    for (int64_t unit = first; unit < last; ++unit) {
-      const int64_t b = unit / a.key_heads, key_head = unit % a.key_heads;
-      for (int64_t h = key_head * group; h < (key_head + 1) * group; ++h) {
-        const Head head = head_of(call, a, b, h);
-        if (h == key_head * group) {
-          zero_run(head.dk, a.keys * a.depth);
-          zero_run(head.dv, a.keys * a.value_depth);
-        }
-        for (int64_t i = 0; i < a.queries; i += rows) {
-          run_block(a, head, i, minimum(a.queries, i + rows), p, scratch);
-        }
+    for (; unit < last; ++unit) {
+      zero_run(gradients.dk + unit * a.keys * a.depth, a.keys * a.depth);
+      zero_run(gradients.dv + unit * a.keys * a.value_depth, a.keys * a.value_depth);
+      for (int64_t first = 0; first < a.keys; first += kTileKeys) {
+        add_keys(a, gradients, unit, first, p);
       }
     }
   });
