@@ -7,6 +7,8 @@ Cortex-A76, models of one and of three layers: half of the difference is a layer
 import argparse
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +54,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="pockc-count-") as folder:
         plugin = instruction_counts.build_plugin(Path(folder))
         counts = {
-            layer: {isa: of_layer(layer, core, Path(folder), plugin) for isa, core in CORES.items()} for layer in LAYERS
+            layer: {isa: of_layer(partial(compiled, layer), core, Path(folder), plugin) for isa, core in CORES.items()}
+            for layer in LAYERS
         }
     ratios = {layer: by_isa["NEON and dot products"] / by_isa["NEON"] for layer, by_isa in counts.items()}
     report.print_table(
@@ -69,11 +72,9 @@ def main() -> None:
     sys.exit(report.finish("int8 instruction counts", f"dot products leave {worst:.3f} at most", [bar]))
 
 
-def of_layer(layer: str, core: str, folder: Path, plugin: Path) -> float:
-    """Executed instructions of one layer."""
-    one, three = (
-        instruction_counts.of_program(compiled(layer, count), folder, plugin, core)["total"] for count in (1, 3)
-    )
+def of_layer(compiled: Callable[[int], pockc.Program], core: str, folder: Path, plugin: Path) -> float:
+    """Executed instructions of one layer, by programs with as many as `compiled` is told."""
+    one, three = (instruction_counts.of_program(compiled(count), folder, plugin, core)["total"] for count in (1, 3))
     return (three - one) / 2
 
 
