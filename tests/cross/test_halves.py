@@ -41,8 +41,8 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 24, 3, stride=2, padding=1)
-        self.pointwise, self.dense = nn.Conv2d(24, 24, 1), nn.Conv2d(24, 37, 3, padding=1, groups=1)
-        self.depthwise, self.narrow = nn.Conv2d(37, 37, 3, padding=1, groups=37), nn.Conv2d(37, 20, 1)
+        self.pointwise, self.dense = nn.Conv2d(24, 24, 1), nn.Conv2d(24, 38, 3, padding=1, groups=2)
+        self.depthwise, self.narrow = nn.Conv2d(38, 38, 3, padding=1, groups=38), nn.Conv2d(38, 20, 1)
         self.up, self.down = nn.Linear(20, 70), nn.Linear(70, 20)
         self.head = nn.Linear(20, 5)
 

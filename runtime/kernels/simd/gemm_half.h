@@ -4,17 +4,16 @@
 // Partial sums of kHalfTerms products are held in 16 bits, and added to sums in 32.
 //
 // Error. With u = 2^-11, the unit roundoff of f16, and n = kHalfTerms: a step s <- fl(s + a b) is a fused
-// multiply-add, which rounds once, by at most u |s + a b| + 2^-25 (the latter where that is below the normal
-// numbers). After n steps from zero
-//   |s - sum a b| <= g sum |a b| + n 2^-25,   g = n u / (1 - n u),
-// whatever the order of signs; with n = 32, g = 2^-6 / (1 - 2^-6) = 1.6e-2. Adding up in 32 bits changes a
-// bound of that size by a factor of 1 + K 2^-24, for any depth K: the bound of a whole product is the sum of
-// those of its parts,
+// multiply-add, which rounds once, by at most u |s + a b|, or 2^-25 where that is below the normal numbers.
+// After n steps from zero, whatever the signs,
+//   |s - sum a b| <= g sum |a b| + n 2^-25 (1 + g),   g = n u / (1 - n u),
+// that is g = 1.6e-2 for n = 32. The K / n parts of a sum of K terms are added in 32 bits, which adds (K / n)
+// 2^-24 sum |a b| at most: a hundredth of g for K = 80000. So the bound of a whole product is
 //   g sum |a b| + K 2^-25,
-// and does not grow with K against sum |a b|. Roundings of both signs mostly cancel: what is seen is nearer
-// to u sqrt(n) / 2 = 3 u of the root of sum (a b)^2. A B of floats is rounded before: (1 + u) times as much,
-// and u more. Nothing of that holds where a partial sum exceeds 65504: it becomes infinite, and so does the
-// result.
+// and hardly grows with its depth. Roundings of both signs mostly cancel: of random numbers the root mean
+// square of the error is below 2 u times the root of sum (a b)^2. A B of floats is rounded before, which adds
+// u (1 + g) sum |a b|. Nothing of that holds where a partial sum exceeds 65504: it becomes infinite, and so
+// does the result.
 #ifndef POCKC_SIMD_GEMM_HALF_H_
 #define POCKC_SIMD_GEMM_HALF_H_
 

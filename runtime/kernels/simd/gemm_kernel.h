@@ -67,7 +67,16 @@ constexpr int64_t kPrefetchDepth = 64;  // shorter sums are done before a line o
 constexpr int64_t kStepsAhead = 12;     // of k: by then a line of B has come from the second-level cache
 
 template <int R, int V, bool RowMajor>
-POCKC_INLINE void multiply(const Tile& t, vf (*sum)[V]) {
+void micro_kernel(const Tile& t) {
+  // C is needed when the sums are done: by then it is here.
+  if (t.depth >= kPrefetchDepth) {
+    POCKC_UNROLL
+    for (int i = 0; i < R; ++i) {
+      POCKC_UNROLL
+      for (int j = 0; j < V * W; j += kLineFloats) __builtin_prefetch(t.c[i] + t.column + j, 1);
+    }
+  }
+  vf sum[R][V];
 #if defined(__ARM_FEATURE_FP16_VECTOR_ARITHMETIC)
   multiply_halves<R, V, RowMajor>(t.a, t.a_stride, t.b, t.b_stride, t.depth, sum);
 #else
@@ -97,20 +106,6 @@ POCKC_INLINE void multiply(const Tile& t, vf (*sum)[V]) {
     b += b_stride;
   }
 #endif
-}
-
-template <int R, int V, bool RowMajor>
-void micro_kernel(const Tile& t) {
-  // C is needed when the sums are done: by then it is here.
-  if (t.depth >= kPrefetchDepth) {
-    POCKC_UNROLL
-    for (int i = 0; i < R; ++i) {
-      POCKC_UNROLL
-      for (int j = 0; j < V * W; j += kLineFloats) __builtin_prefetch(t.c[i] + t.column + j, 1);
-    }
-  }
-  vf sum[R][V];
-  multiply<R, V, RowMajor>(t, sum);
   const int64_t tail = t.columns - (V - 1) * W;  // lanes of the last vector
   if (!t.first) {
     POCKC_UNROLL
