@@ -24,6 +24,7 @@ namespace POCKC_SIMD_NAMESPACE {
 
 constexpr int kHalfLanes = 8;
 constexpr int kHalfTerms = 32;  // part of the result's definition, as kDepth, which it divides
+constexpr int kHalfLine = 32;   // of a cache line
 constexpr int kHalfStepsAhead = 16;
 
 typedef float16x8_t vf16;
@@ -50,40 +51,40 @@ POCKC_INLINE void add_products(const F16* b, vf16 (*part)[H], Factor&& factor) {
 
 // `terms` steps of a row-major A: eight of them from one vector of each row.
 template <int R, int H>
-POCKC_INLINE void add_row_major(const F16* a, int64_t a_stride, const F16* b, int64_t b_stride, int64_t terms,
+POCKC_INLINE void add_row_major(const F16* a, int64_t a_stride, const F16* b, int64_t terms,
                                 vf16 (*part)[H]) {
+  constexpr int64_t kWidth = H * kHalfLanes;
   int64_t k = 0;
-  for (; k + kHalfLanes <= terms; k += kHalfLanes) {
+  for (; k + kHalfLanes <= terms; k += kHalfLanes, b += kHalfLanes * kWidth) {
     vf16 left[R];
     POCKC_UNROLL
     for (int i = 0; i < R; ++i) left[i] = load_halves(a + i * a_stride + k);
     POCKC_UNROLL
-    for (int lane = 0; lane < kHalfLanes; ++lane, b += b_stride) {
-      __builtin_prefetch(b + kHalfStepsAhead * b_stride);
-      add_products<R, H>(b, part, [&](int i) POCKC_LAMBDA { return left[i][lane]; });
+    for (int lane = 0; lane < kHalfLanes; ++lane) {
+      if (lane * kWidth % kHalfLine == 0) __builtin_prefetch(b + (kHalfStepsAhead + lane) * kWidth);
+      add_products<R, H>(b + lane * kWidth, part, [&](int i) POCKC_LAMBDA { return left[i][lane]; });
     }
   }
-  for (; k < terms; ++k, b += b_stride) {
+  for (; k < terms; ++k, b += kWidth) {
     add_products<R, H>(b, part, [&](int i) POCKC_LAMBDA { return number(a[i * a_stride + k]); });
   }
 }
 
 // The same of a transposed A, always copied: a step's rows are one vector.
 template <int R, int H>
-POCKC_INLINE void add_transposed(const F16* a, int64_t a_stride, const F16* b, int64_t b_stride,
-                                 int64_t terms, vf16 (*part)[H]) {
+POCKC_INLINE void add_transposed(const F16* a, const F16* b, int64_t terms, vf16 (*part)[H]) {
   static_assert(R <= kHalfLanes, "rows of a panel");
-  for (int64_t k = 0; k < terms; ++k, a += a_stride, b += b_stride) {
-    __builtin_prefetch(b + kHalfStepsAhead * b_stride);
+  constexpr int64_t kWidth = H * kHalfLanes;
+  for (int64_t k = 0; k < terms; ++k, a += kHalfLanes, b += kWidth) {
+    __builtin_prefetch(b + kHalfStepsAhead * kWidth);
     const vf16 left = load_halves(a);
     add_products<R, H>(b, part, [&](int i) POCKC_LAMBDA { return left[i]; });
   }
 }
 
-// sum[i][j], over `depth` steps of k, of R rows and V vectors of floats.
+// sum[i][j], over `depth` steps of k, of R rows and V vectors of floats, with a panel of B as wide as these.
 template <int R, int V, bool RowMajor>
-POCKC_INLINE void multiply_halves(const F16* a, int64_t a_stride, const F16* b, int64_t b_stride,
-                                  int64_t depth, vf (*sum)[V]) {
+POCKC_INLINE void multiply_halves(const F16* a, int64_t a_stride, const F16* b, int64_t depth, vf (*sum)[V]) {
   constexpr int H = (V + 1) / 2;
   POCKC_UNROLL
   for (int i = 0; i < R; ++i) {
@@ -98,10 +99,11 @@ POCKC_INLINE void multiply_halves(const F16* a, int64_t a_stride, const F16* b, 
       POCKC_UNROLL
       for (int h = 0; h < H; ++h) part[i][h] = vdupq_n_f16(0);
     }
+    const F16* right = b + k * H * kHalfLanes;
     if (RowMajor) {
-      add_row_major<R, H>(a + k, a_stride, b + k * b_stride, b_stride, terms, part);
+      add_row_major<R, H>(a + k, a_stride, right, terms, part);
     } else {
-      add_transposed<R, H>(a + k * a_stride, a_stride, b + k * b_stride, b_stride, terms, part);
+      add_transposed<R, H>(a + k * kHalfLanes, right, terms, part);
     }
     POCKC_UNROLL
     for (int i = 0; i < R; ++i) {

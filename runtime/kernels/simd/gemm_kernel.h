@@ -78,7 +78,7 @@ void micro_kernel(const Tile& t) {
   }
   vf sum[R][V];
 #if defined(__ARM_FEATURE_FP16_VECTOR_ARITHMETIC)
-  multiply_halves<R, V, RowMajor>(t.a, t.a_stride, t.b, t.b_stride, t.depth, sum);
+  multiply_halves<R, V, RowMajor>(t.a, t.a_stride, t.b, t.depth, sum);
 #else
   POCKC_UNROLL
   for (int i = 0; i < R; ++i) {
