@@ -81,7 +81,7 @@ def build(
         dtype: how activations and their gradients are stored: ``f32``, or ``bf16`` or ``fp16`` in half the memory.
             Kernels compute in float32, in which parameters, their gradients, optimizer states and losses stay.
         half_arithmetic: with ``dtype`` ``fp16``, also multiply in 16 bits where the CPU can: on 64-bit ARM with the
-            FP16 extension alone. Results there differ from those on other CPUs, by about what storage rounds.
+            FP16 extension alone. Results there differ from those on other CPUs, by a few roundings of storage.
         loss_scale: a power of two, by which gradients are multiplied on their way to the parameters; by default
             `FP16_LOSS_SCALE` with ``fp16``, whose least numbers gradients may fall below, and 1 otherwise.
         state_dtype: how optimizer slots are stored: ``f32``, or ``int8``, a byte each and a scale for every 256.
