@@ -89,7 +89,8 @@ qemu: ## Install qemu-user, and an ssh server and rsync to test with, by apt-get
 	  || echo "Cannot install qemu-user, openssh-server and rsync here: what needs them is skipped."
 
 # The first time, zig compiles its C++ library for each architecture: minutes each. All of it is kept in .cache/pockc.
-CROSS ?= aarch64,armv7l,riscv64,x86_64
+# `halves`: programs with activations in 16 bits too, for which the runtime is compiled once more.
+CROSS ?= aarch64,armv7l,riscv64,x86_64,halves
 test-cross: setup qemu ## Cross-compile for other processors and test under emulation: CROSS=aarch64 for one of them
 	POCKC_CROSS=$(CROSS) $(BIN)/python -m pytest $(PYTEST_ARGS) tests/cross tests/test_deploy.py
 
@@ -154,9 +155,10 @@ verify-onnx: setup ## Compare models for ONNX Runtime with PyTorch: trajectories
 verify-edge: setup qemu ## Train three models for five processor cores under emulation, against this machine: a table
 	$(BIN)/python -m benchmarks.verify_edge
 
-bench-instructions: setup qemu ## Count the instructions of a step on 64-bit ARM by emulation: sparse against full, int8 with dot products
+bench-instructions: setup qemu ## Count the instructions of a step on 64-bit ARM by emulation: sparse against full, int8 with dot products, fp16
 	$(BIN)/python -m benchmarks.instruction_counts
 	$(BIN)/python -m benchmarks.instruction_counts_int8
+	$(BIN)/python -m benchmarks.instruction_counts_fp16
 
 # Everything that is measured is made from random weights: no data is needed.
 bench-memory: setup ## Compare the memory of training with PyTorch's: tables, JSON, a picture

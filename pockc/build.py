@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -14,6 +13,7 @@ import numpy as np
 
 from pockc import calibration as ranges
 from pockc.budget import Alternative, advised, within
+from pockc.dtype_checks import check_dtype, check_prefix, check_state_dtype
 from pockc.entries import ENTRIES, Traced, lowered, seeded
 from pockc.errors import BudgetError, UserError, near_names
 from pockc.ir import Graph
@@ -48,6 +48,7 @@ def build(
     *,
     accumulation: int = 1,
     dtype: Dtype = "f32",
+    half_arithmetic: bool = False,
     loss_scale: float | None = None,
     state_dtype: StateDtype = "f32",
     loss_options: Mapping[str, float] | None = None,
@@ -79,6 +80,8 @@ def build(
         accumulation: micro-steps whose mean gradient makes one optimizer step.
         dtype: how activations and their gradients are stored: ``f32``, or ``bf16`` or ``fp16`` in half the memory.
             Kernels compute in float32, in which parameters, their gradients, optimizer states and losses stay.
+        half_arithmetic: with ``dtype`` ``fp16``, also multiply in 16 bits where the CPU can: on 64-bit ARM with the
+            FP16 extension alone. Results there differ from those on other CPUs, by a few roundings of storage.
         loss_scale: a power of two, by which gradients are multiplied on their way to the parameters; by default
             `FP16_LOSS_SCALE` with ``fp16``, whose least numbers gradients may fall below, and 1 otherwise.
         state_dtype: how optimizer slots are stored: ``f32``, or ``int8``, a byte each and a scale for every 256.
@@ -115,11 +118,11 @@ def build(
     """
     optimizer = optimizer or AdamW()
     _check_options(loss, batchnorm, accumulation, frozen_dtype)
-    _check_dtype(dtype, loss_scale, prefix_dtype, saved_dtype)
+    check_dtype(dtype, half_arithmetic, loss_scale, prefix_dtype, saved_dtype)
     if saved_dtype not in get_args(SavedDtype):
         raise UserError(f"saved_dtype is {saved_dtype!r}", supported=", ".join(get_args(SavedDtype)))
-    _check_prefix(prefix_dtype, calibration, batchnorm)
-    _check_state_dtype(state_dtype, optimizer)
+    check_prefix(prefix_dtype, calibration, batchnorm)
+    check_state_dtype(state_dtype, optimizer)
     _check_entries(entries)
     if memory_budget is not None and memory_budget <= 0:
         raise UserError(f"the memory budget is {memory_budget} bytes; it must be above 0")
@@ -131,6 +134,7 @@ def build(
         device=device if isinstance(device, Device) else devices.find(device),
         accumulation=accumulation,
         dtype=dtype,
+        half_arithmetic=half_arithmetic,
         loss_scale=loss_scale or (FP16_LOSS_SCALE if dtype == "fp16" else 1.0),
         state_dtype=state_dtype,
         loss_options=dict(loss_options or {}),
@@ -165,6 +169,7 @@ class Options:
     device: Device
     accumulation: int
     dtype: Dtype
+    half_arithmetic: bool
     loss_scale: float
     state_dtype: StateDtype
     loss_options: Mapping[str, float]
@@ -258,6 +263,7 @@ def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
         "classifies": isinstance(loss, str) and LOSSES[loss].classifies,
         "optimizer": _describe(options.optimizer),
         "dtype": options.dtype,
+        "half_arithmetic": options.half_arithmetic,
         "loss_scale": options.loss_scale,
         "state_dtype": options.state_dtype,
         "batchnorm": batchnorm,
@@ -376,42 +382,6 @@ def _check_options(loss: object, batchnorm: str, accumulation: int, frozen_dtype
         raise UserError(f"loss is {loss!r}", supported="a name, a callable loss(output, labels), or None")
 
 
-def _check_dtype(dtype: str, loss_scale: float | None, prefix_dtype: str, saved_dtype: str) -> None:
-    if dtype not in get_args(Dtype):
-        raise UserError(f"dtype is {dtype!r}", supported=", ".join(get_args(Dtype)))
-    if loss_scale is not None and (loss_scale <= 0 or math.frexp(loss_scale)[0] != 0.5):
-        raise UserError(f"loss_scale is {loss_scale}", supported="powers of two above 0, such as 1024")
-    for name, value in (("prefix_dtype", prefix_dtype), ("saved_dtype", saved_dtype)):
-        if dtype != "f32" and value != "f32":
-            raise UserError(
-                f"dtype is {dtype!r} and {name} {value!r}: there is no such mixture of activations",
-                supported="either of the two, the other as 'f32'; frozen_dtype goes with every dtype",
-                instead=f"Leave {name} out, or dtype.",
-            )
-
-
-def _check_prefix(prefix_dtype: str, calibration: Calibration, batchnorm: str) -> None:
-    if prefix_dtype not in get_args(PrefixDtype):
-        raise UserError(f"prefix_dtype is {prefix_dtype!r}", supported=", ".join(get_args(PrefixDtype)))
-    if prefix_dtype == "f32" and calibration is not None:
-        raise UserError("calibration samples are for prefix_dtype 'int8', but it is 'f32'")
-    if prefix_dtype == "f32":
-        return
-    if calibration is None:
-        raise UserError(
-            "prefix_dtype is 'int8', but there are no samples to measure the ranges of activations with",
-            supported="calibration: an array of samples per model input; or 'example', the example inputs",
-            instead="Give tens to hundreds of training samples, as --calibrate data.npz or --calibrate example.",
-        )
-    if isinstance(calibration, str) and calibration != "example":
-        raise UserError(f"calibration is the text {calibration!r}", supported="arrays by input name, or 'example'")
-    if batchnorm == "train":
-        raise UserError(
-            "prefix_dtype is 'int8', but batchnorm 'train' updates the statistics that it would fold",
-            supported="batchnorm fold, freeze",
-        )
-
-
 def _samples(model: Any, example_inputs: Inputs, calibration: Calibration) -> Mapping[str, Any]:
     """The calibration samples, as arrays by input name."""
     from pockc.frontend.torch_parity import named_arrays
@@ -419,18 +389,6 @@ def _samples(model: Any, example_inputs: Inputs, calibration: Calibration) -> Ma
     if isinstance(calibration, Mapping):
         return {name: np.asarray(array) for name, array in calibration.items()}
     return named_arrays(model, example_inputs)
-
-
-def _check_state_dtype(state_dtype: str, optimizer: Optimizer) -> None:
-    if state_dtype not in get_args(StateDtype):
-        raise UserError(f"state_dtype is {state_dtype!r}", supported=", ".join(get_args(StateDtype)))
-    if state_dtype == "int8" and not optimizer.slots:
-        name = type(optimizer).__name__
-        raise UserError(
-            f"state_dtype is 'int8', but {name} without momentum keeps no state",
-            supported="SGD with momentum, Adam, AdamW, Lion",
-            instead="Leave state_dtype out.",
-        )
 
 
 def _check_target(options: Options) -> None:

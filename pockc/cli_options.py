@@ -48,6 +48,9 @@ class Choices:
     dtype: Annotated[str, typer.Option(help="How activations and their gradients are stored: f32, bf16 or fp16.")] = (
         "f32"
     )
+    half_arithmetic: Annotated[
+        bool, typer.Option("--half-arithmetic", help="With --dtype fp16: multiply in 16 bits where the CPU can.")
+    ] = False
     loss_scale: Annotated[
         float | None, typer.Option(help="Of the gradients, a power of two; default: 1024 with fp16, else 1.")
     ] = None
@@ -118,6 +121,7 @@ class Choices:
             "accumulation": self.accumulate,
             "seed": self.seed,
             "dtype": self.dtype,
+            "half_arithmetic": self.half_arithmetic,
             "loss_scale": self.loss_scale,
             "state_dtype": self.state_dtype,
             "frozen_dtype": self.frozen_dtype,

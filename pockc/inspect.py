@@ -163,7 +163,8 @@ def _facts(metadata: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     yield "trained parameters", f"{metadata.get('trained_elements', 0):,}"
     yield "optimizer", f"{optimizer.get('name', '')}, learning rate {optimizer.get('lr', '')}"
     if metadata.get("dtype", "f32") != "f32":
-        yield "activations", str(metadata["dtype"])
+        products = ", products too where the CPU can" if metadata.get("half_arithmetic") else ""
+        yield "activations", f"{metadata['dtype']}{products}"
     if metadata.get("state_dtype", "f32") != "f32":
         yield "optimizer state", str(metadata["state_dtype"])
     yield "loss", str(metadata.get("loss", ""))

@@ -11,7 +11,10 @@
 namespace pockc::cli {
 namespace {
 
-constexpr double kTolerance = 1e-4;  // of the largest expected value
+constexpr double kTolerance = 1e-4;        // of the largest expected value
+constexpr double kHalfTolerance = 0x1p-6;  // the same where products are in 16 bits
+
+bool multiplies_halves(const Program& program) { return program.half_arithmetic && has_half_arithmetic(); }
 
 template <typename T>
 T element(const void* data, int64_t index) {
@@ -80,7 +83,7 @@ Status test_entry(const Program& program, int threads, const SafetensorsFile& go
                         output_tensors.data(), static_cast<int32_t>(output_tensors.size())));
   for (size_t i = 0; i < outputs.size(); ++i) {
     const double difference = compare(wanted[i]->type, output_tensors[i], wanted[i]->bytes);
-    const bool good = difference <= kTolerance;
+    const bool good = difference <= (multiplies_halves(program) ? kHalfTolerance : kTolerance);
     std::printf("%s %s/%s  relative difference %.1e\n", good ? "ok  " : "FAIL", entry.name.c_str(),
                 outputs[i].name, difference);
     *failures += good ? 0 : 1;
@@ -96,9 +99,10 @@ bool has_golden(const SafetensorsFile& golden, const EntryRecord& entry) {
   return false;
 }
 
-Status test_all(const Options& options, int* failures) {
+Status test_all(const Options& options, int* failures, bool* half_arithmetic) {
   Program program;
   POCKC_TRY(load_program(options.model.c_str(), &program));
+  *half_arithmetic = multiplies_halves(program);
   if (program.golden.data == nullptr) {
     return fail(PK_NOT_FOUND, "%s holds no golden vectors: rebuild it with them", options.model.c_str());
   }
@@ -122,8 +126,10 @@ Status test_all(const Options& options, int* failures) {
 
 int selftest(const Options& options) {
   int failures = 0;
-  if (test_all(options, &failures) != PK_OK) return report_failure();
-  std::printf("%s (instruction set %s)\n", failures == 0 ? "selftest passed" : "selftest FAILED", best_isa());
+  bool half_arithmetic = false;
+  if (test_all(options, &failures, &half_arithmetic) != PK_OK) return report_failure();
+  std::printf("%s (instruction set %s%s)\n", failures == 0 ? "selftest passed" : "selftest FAILED",
+              best_isa(), half_arithmetic ? ", products in fp16" : "");
   return failures == 0 ? 0 : 1;
 }
 

@@ -18,8 +18,9 @@ constexpr uint32_t kMaxSections = 16;
 constexpr uint64_t kMaxFileBytes = 1ull << 40;
 constexpr uint64_t kPageBytes = 4096;
 
-enum SectionId : uint32_t { kMetadata = 1, kProgram = 2, kData = 3, kGolden = 4, kSectionIds = 5 };
-constexpr const char* kSectionNames[kSectionIds] = {"", "metadata", "program", "data", "golden"};
+enum SectionId : uint32_t { kMetadata = 1, kProgram, kData, kGolden, kHalfArithmetic, kSectionIds };
+constexpr const char* kSectionNames[kSectionIds] = {"",     "metadata", "program",
+                                                    "data", "golden",   "half arithmetic"};
 
 struct Sections {
   Bytes of[kSectionIds];
@@ -160,6 +161,7 @@ Status read_program(const char* path, Program* program) {
   }
   program->data = sections.of[kData];
   program->golden = sections.of[kGolden];
+  program->half_arithmetic = sections.of[kHalfArithmetic].data != nullptr;
   POCKC_TRY(read_program_section(sections.of[kProgram], program));
   POCKC_TRY(check_program(*program));
   program->file.drop_pages();  // the checks have read more than training touches

@@ -122,6 +122,8 @@ struct Program {
   Bytes metadata;
   Bytes data;    // the DATA section
   Bytes golden;  // the GOLDEN section; empty when there is none
+  // Products of f16 are multiplied in 16 bits where the CPU can: the HALF_ARITHMETIC section is there.
+  bool half_arithmetic = false;
 
   uint64_t state_bytes = 0;
   uint64_t arena_bytes = 0;

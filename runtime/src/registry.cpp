@@ -20,7 +20,7 @@
 #if defined(__x86_64__) && !defined(POCKC_WITHOUT_AVX512)
 #define POCKC_HAS_AVX512 1
 #endif
-#if defined(POCKC_HAS_DOTPROD) && defined(__linux__)
+#if (defined(POCKC_HAS_DOTPROD) || defined(POCKC_HAS_FP16)) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
 
@@ -47,6 +47,12 @@ namespace pockc::simd_dotprod {
 #define POCKC_DOTPROD POCKC_DECLARE_SIMD
 #include "kernels.inc"
 }  // namespace pockc::simd_dotprod
+#endif
+#if defined(POCKC_HAS_FP16)
+namespace pockc::simd_fp16 {
+#define POCKC_FP16 POCKC_DECLARE_SIMD
+#include "kernels.inc"
+}  // namespace pockc::simd_fp16
 #endif
 #endif
 #if defined(POCKC_HAS_BASELINE)
@@ -87,6 +93,12 @@ constexpr KernelEntry kNeon[] = {
 constexpr KernelEntry kDotprod[] = {
 #define POCKC_DOTPROD(op) \
   {#op, "simd-neon-dotprod", nullptr, simd_dotprod::accepts_##op, simd_dotprod::run_##op},
+#include "kernels.inc"
+    kEnd};
+#endif
+#if defined(POCKC_HAS_FP16)
+constexpr KernelEntry kFp16[] = {
+#define POCKC_FP16(op) {#op, "simd-neon-fp16", nullptr, simd_fp16::accepts_##op, simd_fp16::run_##op},
 #include "kernels.inc"
     kEnd};
 #endif
@@ -264,6 +276,24 @@ const KernelEntry* find_simd(const char* op, const char* isa) {
 }
 
 const KernelEntry* find_simd(const char* op) { return find_simd(op, nullptr); }
+
+bool has_half_arithmetic() {
+#if defined(POCKC_HAS_FP16) && defined(__linux__)
+  constexpr unsigned long kHalfArithmetic = 1ul << 10;  // HWCAP_ASIMDHP
+  return (getauxval(AT_HWCAP) & kHalfArithmetic) != 0;
+#else
+  return false;
+#endif
+}
+
+const KernelEntry* find_half_arithmetic(const char* op) {
+#if defined(POCKC_HAS_FP16)
+  return has_half_arithmetic() ? find(kFp16, op) : nullptr;
+#else
+  (void)op;
+  return nullptr;
+#endif
+}
 
 const char* best_isa() {
   const InstructionSet* set = find_instruction_set(nullptr);

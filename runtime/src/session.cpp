@@ -110,6 +110,13 @@ Status Session::bind_call(const SessionSettings& settings, const CallRecord& rec
   }
   bound->run = reference->run;
   if (settings.reference_only && has_reference) return PK_OK;
+  if (program_->half_arithmetic && settings.isa == nullptr && !settings.reference_only) {
+    const KernelEntry* half = find_half_arithmetic(op);
+    if (half != nullptr && half->accepts(call)) {
+      bound->run = half->run;
+      return PK_OK;
+    }
+  }
   const KernelEntry* simd = find_simd(op, settings.isa);
   if (simd != nullptr && simd->accepts(call)) {
     bound->run = simd->run;

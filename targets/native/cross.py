@@ -72,8 +72,10 @@ def kernel_list(program: Program, device: Device) -> str:
     complete = (toolchain.runtime_sources() / "kernels" / "kernels.inc").read_text()
 
     def keep(line: str) -> bool:
-        entry = re.match(r"POCKC_(?:REF|SIMD|DOTPROD)\((\w+)\)", line)
-        return entry is None or entry[1] in used
+        entry = re.match(r"POCKC_(REF|SIMD|DOTPROD|FP16)\((\w+)\)", line)
+        if entry is None:
+            return True
+        return entry[2] in used and (entry[1] != "FP16" or bool(program.metadata.get("half_arithmetic")))
 
     others = [name for name in _X86_SETS if device.instruction_set not in ("", name)]
     left_out = "".join(f"#define POCKC_WITHOUT_{name.upper()}\n" for name in others)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,12 +12,15 @@ import torch
 from torch import nn
 
 import pockc
+from pockc.artifact import read
 from pockc.errors import UserError
 from pockc.interp import evaluate as interpret
 from pockc.ir import Graph, op_counts
 from pockc.ops.halves import is_weight_gradient
 from pockc.optim import SGD, AdamW
 from pockc.parity import tolerances, verify_against_torch
+from pockc.targets import devices
+from pockc.targets.native.cross import kernel_list
 
 pytestmark = pytest.mark.torch
 Half = Literal["bf16", "fp16"]
@@ -185,6 +189,24 @@ def test_micro_batches_budgets_and_frozen_weights_go_with_it(tmp_path: Path) -> 
     np.testing.assert_allclose(losses, losses[0], rtol=tolerances("bf16")[0])
 
 
+@pytest.mark.native
+def test_half_arithmetic_is_in_the_file_and_changes_nothing_on_a_cpu_without(tmp_path: Path) -> None:
+    model, inputs = convolutional()
+    losses, hashes = [], []
+    for asked in (False, True):
+        program = pockc.build(model, inputs, optimizer=AdamW(lr=1e-3), dtype="fp16", half_arithmetic=asked)
+        program.save(path := tmp_path / "model.pock")
+        assert read(path).metadata["half_arithmetic"] is asked
+        assert ("POCKC_FP16(conv2d)\n" in kernel_list(program, devices.find("rpi5"))) is asked
+        hashes.append(read(path).model_hash)
+        with pockc.Session(path) as session:
+            batch = {"labels": np.arange(8) % 10, program.entries["infer"].inputs[0].name: inputs[0].numpy()}
+            losses.append([session.train_step(**batch) for _ in range(2)])
+    assert hashes[0] == hashes[1], "each can resume from the other's checkpoint"
+    if platform.machine() == "x86_64":
+        assert losses[0] == losses[1]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -193,6 +215,7 @@ def test_micro_batches_budgets_and_frozen_weights_go_with_it(tmp_path: Path) -> 
         ({"dtype": "bf16", "saved_dtype": "int8"}, "there is no such mixture"),
         ({"dtype": "fp16", "prefix_dtype": "int8", "calibration": "example"}, "there is no such mixture"),
         ({"dtype": "fp16", "loss_scale": 1000.0}, "loss_scale is 1000.0"),
+        ({"dtype": "bf16", "half_arithmetic": True}, "half_arithmetic is for activations in fp16, but dtype is 'bf16'"),
     ],
 )
 def test_what_does_not_go_with_it_is_refused(options: dict[str, Any], message: str) -> None:

@@ -135,8 +135,8 @@ class ThreadPool {
 // What a program's calls are bound to at load.
 struct KernelEntry {
   const char* op;
-  const char*
-      provider;  // "ref", "simd-baseline", "simd-avx2", "simd-avx512", "simd-neon", "simd-neon-dotprod"
+  // "ref", "simd-baseline", "simd-avx2", "simd-avx512", "simd-neon", "simd-neon-dotprod", "simd-neon-fp16"
+  const char* provider;
   CheckFunction check;      // ref only
   AcceptsFunction accepts;  // null for ref
   RunFunction run;
@@ -155,6 +155,10 @@ const KernelEntry* find_simd(const char* op);
 // The same from one instruction set ("baseline", "avx2", "avx512", "neon"; null: the best); null when the CPU
 // lacks it.
 const KernelEntry* find_simd(const char* op, const char* isa);
+// The kernel of this op that multiplies in 16 bits, for programs that ask for it; null where there is none,
+// or the CPU has no such arithmetic.
+const KernelEntry* find_half_arithmetic(const char* op);
+bool has_half_arithmetic();
 // The name of the instruction set that is used here; "reference" where this build has none.
 const char* best_isa();
 // What this build needs and the CPU lacks, in words; null where it runs here. Only a pock-run that was made

@@ -43,18 +43,22 @@ Gemm product(const Call& call, const Convolution& c, const Patches& patches) {
 bool accepts_conv2d(const Call& call) {
   Epilogue epilogue;
   const Convolution c = describe(call, &epilogue);
-  if (!convolution_fits(call, c)) return false;
+  if (!convolution_fits(call, c, call.inputs[0].dtype)) return false;
   if (c.depthwise() && is_half(call.inputs[0].dtype) && epilogue.activation > kClip) return false;
-  if (c.depthwise()) return has_workspace(call, 0, depthwise_floats(c));
+  if constexpr (!kHalfProducts) {
+    if (c.depthwise()) return has_workspace(call, 0, depthwise_floats(c));
+  }
   return has_workspace(call, 0, gemm_scratch(product(call, c, Patches()), thread_count(call)));
 }
 
 Status run_conv2d(const Call& call) {
   Epilogue epilogue;
   const Convolution c = describe(call, &epilogue);
-  if (c.depthwise()) {
-    depthwise_forward(call, c, epilogue);
-    return PK_OK;
+  if constexpr (!kHalfProducts) {
+    if (c.depthwise()) {
+      depthwise_forward(call, c, epilogue);
+      return PK_OK;
+    }
   }
   Patches patches;
   Gemm g = product(call, c, patches);

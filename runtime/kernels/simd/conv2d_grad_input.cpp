@@ -118,8 +118,10 @@ void run_phase(const Call& call, const Convolution& c, Phase& phase) {
 
 bool accepts_conv2d_grad_input(const Call& call) {
   const Convolution c = describe(call);
-  if (!convolution_fits(call, c)) return false;
-  if (c.depthwise()) return has_workspace(call, 0, depthwise_floats(c));
+  if (!convolution_fits(call, c, call.inputs[0].dtype)) return false;
+  if constexpr (!kHalfProducts) {
+    if (c.depthwise()) return has_workspace(call, 0, depthwise_floats(c));
+  }
   int64_t most = 0;
   for_phases(call, c, [&](const Phase& phase) {
     if (phase.gemm.k > 0) most = maximum(most, gemm_scratch(phase.gemm, thread_count(call)));
@@ -129,9 +131,11 @@ bool accepts_conv2d_grad_input(const Call& call) {
 
 Status run_conv2d_grad_input(const Call& call) {
   const Convolution c = describe(call);
-  if (c.depthwise()) {
-    depthwise_grad_input(call, c);
-    return PK_OK;
+  if constexpr (!kHalfProducts) {
+    if (c.depthwise()) {
+      depthwise_grad_input(call, c);
+      return PK_OK;
+    }
   }
   for_phases(call, c, [&](Phase& phase) { run_phase(call, c, phase); });
   return PK_OK;

@@ -38,16 +38,20 @@ Gemm product(const Call& call, const Convolution& c) {
 
 bool accepts_conv2d_grad_weight(const Call& call) {
   const Convolution c = describe(call);
-  if (!convolution_fits(call, c)) return false;
-  if (c.depthwise()) return has_workspace(call, 0, kDepthwiseUnits * depthwise_floats(c));
+  if (!convolution_fits(call, c, call.inputs[1].dtype)) return false;
+  if constexpr (!kHalfProducts) {
+    if (c.depthwise()) return has_workspace(call, 0, kDepthwiseUnits * depthwise_floats(c));
+  }
   return has_workspace(call, 0, gemm_scratch(product(call, c), thread_count(call)));
 }
 
 Status run_conv2d_grad_weight(const Call& call) {
   const Convolution c = describe(call);
-  if (c.depthwise()) {
-    depthwise_grad_weight(call, c);
-    return PK_OK;
+  if constexpr (!kHalfProducts) {
+    if (c.depthwise()) {
+      depthwise_grad_weight(call, c);
+      return PK_OK;
+    }
   }
   Gemm g = product(call, c);
   for (int64_t group = 0; group < c.groups; ++group) {

@@ -270,7 +270,8 @@ void run(const Call& call, const Plan& plan) {
 
 bool accepts_conv2d_winograd(const Call& call) {
   const Plan plan = describe(call);
-  return convolution_fits(call, plan.c) && has_workspace(call, 0, plan.floats(thread_count(call)));
+  return convolution_fits(call, plan.c, call.inputs[0].dtype) &&
+         has_workspace(call, 0, plan.floats(thread_count(call)));
 }
 
 Status run_conv2d_winograd(const Call& call) {

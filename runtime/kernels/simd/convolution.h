@@ -60,7 +60,10 @@ inline bool depthwise_dtypes_fit(const Call& call) {
   return call.outputs[0].dtype == dtype;
 }
 
-inline bool convolution_fits(const Call& call, const Convolution& c) {
+// `left` is the dtype of the product's left operand. The set of 16-bit products leaves depthwise convolutions
+// to the others.
+inline bool convolution_fits(const Call& call, const Convolution& c, DType left) {
+  if (!is_multiplied(left) || (kHalfProducts && c.depthwise())) return false;
   if (c.depthwise() && !depthwise_dtypes_fit(call)) return false;
   for (int i = 0; i < call.input_count; ++i) {
     if (elements(call.inputs[i]) == 0) return false;

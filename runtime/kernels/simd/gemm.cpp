@@ -19,7 +19,7 @@ struct RowSplit {
 };
 
 struct LeftPanel {
-  const float* data;
+  const Element* data;
   int64_t stride;
   bool row_major;
 };
@@ -28,12 +28,12 @@ struct LeftPanel {
 bool conflicts(int64_t stride) { return stride % 1024 == 0; }
 
 template <typename T>
-void copy_rows(const LeftMatrix& a, int64_t m0, int rows, int64_t k0, int64_t depth, float* copy) {
+void copy_rows(const LeftMatrix& a, int64_t m0, int rows, int64_t k0, int64_t depth, Element* copy) {
   const T* data = static_cast<const T*>(a.data) + m0 * a.stride + k0;
   for (int i = 0; i < rows; ++i) copy_run(copy + i * (depth + kPadding), data + i * a.stride, depth);
 }
 
-LeftPanel prepare_left(const Gemm& gemm, int64_t m0, int rows, int64_t k0, int64_t depth, float* copy) {
+LeftPanel prepare_left(const Gemm& gemm, int64_t m0, int rows, int64_t k0, int64_t depth, Element* copy) {
   const LeftMatrix& a = gemm.a;
   const int64_t stride = depth + kPadding;
   if (a.patches != nullptr) {
@@ -43,9 +43,10 @@ LeftPanel prepare_left(const Gemm& gemm, int64_t m0, int rows, int64_t k0, int64
       copy_patch(*a.patches, at, first, depth, copy + i * stride);
     return {copy, stride, true};
   }
-  const float* data = static_cast<const float*>(a.data);
+  const Element* data = static_cast<const Element*>(a.data);
   if (a.transposed) return {data + k0 * a.stride + m0, a.stride, false};
-  if (!is_half(a.dtype) && !conflicts(a.stride)) return {data + m0 * a.stride + k0, a.stride, true};
+  if (is_half(a.dtype) == kHalfProducts && !conflicts(a.stride))
+    return {data + m0 * a.stride + k0, a.stride, true};
   with_elements(a.dtype, [&](auto zero) { copy_rows<decltype(zero)>(a, m0, rows, k0, depth, copy); });
   return {copy, stride, true};
 }
@@ -66,7 +67,7 @@ bool is_transposed_copied(const LeftMatrix& a, int64_t columns) {
 // a part.
 template <typename T>
 void copy_transposed(const Gemm& gemm, const RowSplit& split, int64_t first, int64_t end, int64_t k0,
-                     int64_t depth, float* copy) {
+                     int64_t depth, Element* copy) {
   const LeftMatrix& a = gemm.a;
   // Whole vectors where the matrix goes on: what lies beyond the rows of a panel is never used.
   const T* data = static_cast<const T*>(a.data);
@@ -76,7 +77,7 @@ void copy_transposed(const Gemm& gemm, const RowSplit& split, int64_t first, int
   const int64_t panels = end - first, span = row[panels - 1] + kPanelWidth - row[0];
   for (int64_t k = 0; k < depth; ++k) {
     const T* line = data + (k0 + k) * a.stride;
-    float* to = copy + k * kPanelWidth;
+    Element* to = copy + k * kPanelWidth;
     if (limit - (line + row[0]) >= span) {
       const T* later = line + minimum(kRowsAhead, depth - 1 - k) * a.stride + row[0];
       for (int64_t i = 0; i < span; i += kLineFloats) __builtin_prefetch(later + i);
@@ -98,12 +99,17 @@ void copy_transposed(const Gemm& gemm, const RowSplit& split, int64_t first, int
 // --- blocks ---
 
 struct Block {
-  const float* panel[kColumns / kTileColumns];
+  const Element* panel[kColumns / kTileColumns];
   int64_t stride[kColumns / kTileColumns];
 };
 
+// Where a B of floats has an element: only where panels are of floats too.
+const Element* right_in_place(const RightMatrix& b, int64_t k, int64_t n) {
+  return reinterpret_cast<const Element*>(b.data + k * b.stride + n);
+}
+
 void prepare_right(const Gemm& gemm, int64_t k0, int64_t depth, int64_t n0, int64_t columns, bool direct,
-                   float* packed, Block* block) {
+                   Element* packed, Block* block) {
   const int64_t whole =
       direct ? columns / kTileColumns * kTileColumns : 0;  // columns that stay where they are
   if (gemm.b.patches != nullptr) {
@@ -113,7 +119,7 @@ void prepare_right(const Gemm& gemm, int64_t k0, int64_t depth, int64_t n0, int6
   }
   for (int64_t n = 0, index = 0; n < columns; n += kTileColumns, ++index) {
     const bool stays = n < whole;
-    block->panel[index] = stays ? gemm.b.data + k0 * gemm.b.stride + n0 + n : packed + n * depth;
+    block->panel[index] = stays ? right_in_place(gemm.b, k0, n0 + n) : packed + n * depth;
     block->stride[index] = stays ? gemm.b.stride : panel_width(columns - n);
   }
 }
@@ -196,7 +202,7 @@ bool has_next_right(const Gemm& gemm, int64_t k, int64_t columns) {
 
 // All panels of A with one block of B.
 void multiply_block(const Gemm& gemm, const RowSplit& split, int64_t k0, int64_t depth, int64_t n0,
-                    int64_t columns, const Block& block, int64_t copied_rows, float* scratch) {
+                    int64_t columns, const Block& block, int64_t copied_rows, Element* scratch) {
   const int64_t tiles = divide_up(columns, kTileColumns);
   // Panels of A that are copied before they are used; 0: see prepare_left.
   const int64_t together = is_transposed_copied(gemm.a, columns) ? copied_rows / kPanelWidth : 0;
@@ -295,18 +301,21 @@ void multiply_part(const Gemm& gemm, int64_t m0, int64_t m1, int64_t n0, int64_t
                    float* scratch) {
   const RowSplit split(m0, m1);
   // Few rows: B is used so seldom that copying it does not pay, and the weights are streamed once.
-  const bool direct = split.panels <= 2 && !gemm.b.transposed && gemm.b.patches == nullptr &&
-                      gemm.b.group_offsets == nullptr && gemm.b.compact.data == nullptr;
+  const bool direct = !kHalfProducts && split.panels <= 2 && !gemm.b.transposed &&
+                      gemm.b.patches == nullptr && gemm.b.group_offsets == nullptr &&
+                      gemm.b.compact.data == nullptr;
   const int64_t step = block / kTileColumns * kTileColumns;
   const Copied copy = copied(gemm.a);
-  float* packed = scratch + left_scratch(gemm.k, copy, block);
+  // Panels of halves take half of the scratch memory that is planned for panels of floats.
+  Element* const left = reinterpret_cast<Element*>(scratch);
+  Element* const packed = reinterpret_cast<Element*>(scratch + left_scratch(gemm.k, copy, block));
   for (int64_t n = n0; n < n1; n += step) {
     const int64_t columns = minimum(step, n1 - n);
     for (int64_t k = 0; k < gemm.k; k += kDepth) {
       const int64_t depth = minimum(kDepth, gemm.k - k);
       Block panel;
       prepare_right(gemm, k, depth, n, columns, direct, packed, &panel);
-      multiply_block(gemm, split, k, depth, n, columns, panel, copied_rows(copy, block), scratch);
+      multiply_block(gemm, split, k, depth, n, columns, panel, copied_rows(copy, block), left);
     }
   }
 }

@@ -4,15 +4,25 @@
 // x 32 (28 sums + 2 + 1 of 32), AVX2 6 x 16 (12 + 2 + 1 of 16), NEON 8 x 12 (24 + 3 + 2 of 32), SSE2 and
 // 32-bit NEON 6 x 8 (12 + 2 + 1 of 16), scalar registers of RISC-V 6 x 4 (24 + 4 + 1 of 32).
 // Every row count up to the full one is compiled, so that a matrix of few rows wastes nothing and row
-// remainders are spread evenly.
+// remainders are spread evenly. Of halves: gemm_half.h.
 #ifndef POCKC_SIMD_GEMM_KERNEL_H_
 #define POCKC_SIMD_GEMM_KERNEL_H_
 
 #include "simd/gemm.h"
+#if defined(__ARM_FEATURE_FP16_VECTOR_ARITHMETIC)
+#include "simd/gemm_half.h"
+#endif
 
 namespace pockc {
 namespace POCKC_SIMD_NAMESPACE {
 
+#if defined(__ARM_FEATURE_FP16_VECTOR_ARITHMETIC)
+using Element = F16;  // of panels
+constexpr int kTileRows = 8, kTileVectors = 4;
+constexpr int kPanelStep = 8;  // panels are multiples of that wide
+#else
+using Element = float;
+constexpr int kPanelStep = W;
 #if defined(__AVX512F__)
 constexpr int kTileRows = 14, kTileVectors = 2;
 #elif defined(__AVX2__)
@@ -23,6 +33,7 @@ constexpr int kTileRows = 8, kTileVectors = 3;
 constexpr int kTileRows = 6, kTileVectors = 1;
 #else
 constexpr int kTileRows = 6, kTileVectors = 2;
+#endif
 #endif
 constexpr int kTileColumns = kTileVectors * W;
 
@@ -37,9 +48,9 @@ constexpr int kTileColumns = kTileVectors * W;
 static_assert(kTileRows <= kMaxRows && kColumns % kTileColumns == 0, "blocking");
 
 struct Tile {
-  const float* a;
+  const Element* a;
   int64_t a_stride;  // between rows (row-major) or between steps of k
-  const float* b;
+  const Element* b;
   int64_t b_stride;
   int64_t depth;
   float* const* c;  // one pointer per row
@@ -66,6 +77,9 @@ void micro_kernel(const Tile& t) {
     }
   }
   vf sum[R][V];
+#if defined(__ARM_FEATURE_FP16_VECTOR_ARITHMETIC)
+  multiply_halves<R, V, RowMajor>(t.a, t.a_stride, t.b, t.depth, sum);
+#else
   POCKC_UNROLL
   for (int i = 0; i < R; ++i) {
     POCKC_UNROLL
@@ -91,6 +105,7 @@ void micro_kernel(const Tile& t) {
     a += RowMajor ? 1 : a_stride;
     b += b_stride;
   }
+#endif
   const int64_t tail = t.columns - (V - 1) * W;  // lanes of the last vector
   if (!t.first) {
     POCKC_UNROLL

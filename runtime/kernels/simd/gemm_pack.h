@@ -11,7 +11,7 @@ namespace POCKC_SIMD_NAMESPACE {
 // One vector-wide column strip of the panel from rows of B transposed: element k0 + k of row n0 + n. The rows
 // of the strip that follows are asked of the memory meanwhile.
 template <typename Rows>
-void pack_transposed(const Rows& rows, int64_t n0, int64_t k0, int64_t depth, int64_t columns, float* to,
+void pack_transposed(const Rows& rows, int64_t n0, int64_t k0, int64_t depth, int64_t columns, Element* to,
                      int64_t to_stride) {
   for (int64_t k = 0; k < depth; k += W) {
     const int64_t valid = minimum<int64_t>(W, depth - k);
@@ -44,15 +44,17 @@ struct RightRow {
   }
 };
 
-// `columns` floats of a row, then anything up to a whole vector: those columns of C are never stored.
+// `columns` elements of a row, then anything up to a whole vector: those columns of C are never stored.
 template <typename Rows>
-POCKC_INLINE void copy_row(const Rows& rows, int64_t row, int64_t offset, int64_t columns, float* to) {
+POCKC_INLINE void copy_row(const Rows& rows, int64_t row, int64_t offset, int64_t columns, Element* to) {
   for_vectors(0, columns, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
     store(to + i, rows.load(row, offset + i, valid));
   });
 }
 
-inline int64_t panel_width(int64_t columns) { return round_up(minimum<int64_t>(columns, kTileColumns), W); }
+inline int64_t panel_width(int64_t columns) {
+  return round_up(minimum<int64_t>(columns, kTileColumns), kPanelStep);
+}
 
 // Rows of B or of a transposed A: what is asked of the memory before it is copied.
 constexpr int64_t kRowsAhead = 8;
@@ -62,7 +64,7 @@ constexpr int64_t kPanelsPacked = 64 / kTileColumns;
 // `columns` of all rows of the block, of up to kPanelsPacked panels.
 template <typename Rows>
 void pack_panels(const Rows& rows, const RightMatrix& b, int64_t k0, int64_t depth, int64_t n0,
-                 int64_t columns, float* to) {
+                 int64_t columns, Element* to) {
   const int64_t whole = columns / kTileColumns * kTileColumns, width = panel_width(columns - whole);
   for (int64_t k = 0; k < depth; ++k) {
     if (k + kRowsAhead < depth) {
@@ -70,7 +72,7 @@ void pack_panels(const Rows& rows, const RightMatrix& b, int64_t k0, int64_t dep
       for (int64_t n = 0; n < columns; n += kLineFloats) rows.ask(later.row, later.offset + n0 + n);
     }
     const RightRow at(b, k0 + k);
-    float* panel = to + k * kTileColumns;
+    Element* panel = to + k * kTileColumns;
     for (int64_t n = 0; n < whole; n += kTileColumns, panel += depth * kTileColumns) {
       POCKC_UNROLL
       for (int64_t i = 0; i < kTileColumns; i += W)
@@ -84,7 +86,7 @@ void pack_panels(const Rows& rows, const RightMatrix& b, int64_t k0, int64_t dep
 // The columns [n0, n0 + columns) of the block.
 template <typename Rows>
 void pack_rows(const Rows& rows, const RightMatrix& b, int64_t k0, int64_t depth, int64_t n0, int64_t columns,
-               float* to) {
+               Element* to) {
   const int64_t together = (b.transposed ? 1 : kPanelsPacked) * kTileColumns;
   for (int64_t n = 0; n < columns; n += together) {
     const int64_t valid = minimum(columns - n, together);
@@ -99,7 +101,7 @@ void pack_rows(const Rows& rows, const RightMatrix& b, int64_t k0, int64_t depth
 }
 
 inline void pack_block(const RightMatrix& b, int64_t k0, int64_t depth, int64_t n0, int64_t columns,
-                       float* to) {
+                       Element* to) {
   if (b.compact.data == nullptr) {
     pack_rows(FloatRows{b.data, b.stride}, b, k0, depth, n0, columns, to);
     return;
@@ -109,7 +111,7 @@ inline void pack_block(const RightMatrix& b, int64_t k0, int64_t depth, int64_t 
 
 // Patches are written row by row, and a row spans all panels of the block.
 inline void pack_patches(const Patches& patches, int64_t k0, int64_t depth, int64_t n0, int64_t columns,
-                         float* to) {
+                         Element* to) {
   alignas(64) float row[kColumns + kOverrun];
   GridPosition at(patches, k0);
   const PatchColumn first(patches, n0);

@@ -84,6 +84,7 @@ int64_t scratch(const Product& product, int threads) {
 }  // namespace
 
 bool accepts_matmul(const Call& call) {
+  if (!is_multiplied(call.inputs[0].dtype)) return false;
   const Product product = describe(call);
   if (elements(call.outputs[0]) == 0 || product.gemm.k == 0) return false;
   return has_workspace(call, 0, scratch(product, thread_count(call)));

@@ -48,27 +48,28 @@ struct GridPosition {
   }
 };
 
-template <typename T>
-POCKC_INLINE void copy_run(float* to, const T* from, int64_t n) {
+template <typename T, typename To>
+POCKC_INLINE void copy_run(To* to, const T* from, int64_t n) {
   int64_t i = 0;
   for (; i + W <= n; i += W) store(to + i, load(from + i));
-  if (i < n) store_partial(to + i, load_partial(from + i, n - i), n - i);
+  if (i < n) store_n(to + i, load_partial(from + i, n - i), n - i);
 }
 template <typename T>
 POCKC_INLINE void zero_run(T* to, int64_t n) {
   for_vectors(0, n, [&](int64_t i, int64_t valid) POCKC_LAMBDA { store_n(to + i, vf{}, valid); });
 }
 
-// The same where up to W - 1 floats past the end may be overwritten: whole loads and stores are quicker than
-// partial ones, and runs are short where the image has few channels. Nothing is read at or past `limit`.
+// The same where up to W - 1 elements past the end may be overwritten: whole loads and stores are quicker
+// than partial ones, and runs are short where the image has few channels. Nothing is read at or past `limit`.
 constexpr int64_t kOverrun = 16;
-template <typename T>
-POCKC_INLINE void copy_run_loosely(float* to, const T* from, int64_t n, const T* limit) {
+template <typename T, typename To>
+POCKC_INLINE void copy_run_loosely(To* to, const T* from, int64_t n, const T* limit) {
   int64_t i = 0;
   for (; i + W <= n; i += W) store(to + i, load(from + i));
   if (i < n) store(to + i, limit - (from + i) >= W ? load(from + i) : load_partial(from + i, n - i));
 }
-POCKC_INLINE void zero_run_loosely(float* to, int64_t n) {
+template <typename To>
+POCKC_INLINE void zero_run_loosely(To* to, int64_t n) {
   for (int64_t i = 0; i < n; i += W) store(to + i, vf{});
 }
 
@@ -80,10 +81,10 @@ struct PatchColumn {
       : r(k / (p.channels * p.taps_w)), inside(k - r * p.channels * p.taps_w) {}
 };
 
-// `count` columns, from `first` on, of the row at `at`, of an image of T. Up to kOverrun floats past them are
-// overwritten.
-template <typename T>
-void copy_patch_of(const Patches& p, const GridPosition& at, PatchColumn first, int64_t count, float* to) {
+// `count` columns, from `first` on, of the row at `at`, of an image of T. Up to kOverrun elements past them
+// are overwritten.
+template <typename T, typename To>
+void copy_patch_of(const Patches& p, const GridPosition& at, PatchColumn first, int64_t count, To* to) {
   const T* image = static_cast<const T*>(p.image);
   const T* image_end = static_cast<const T*>(p.end);
   const int64_t row_depth = p.channels * p.taps_w;
@@ -122,8 +123,8 @@ void copy_patch_of(const Patches& p, const GridPosition& at, PatchColumn first, 
   }
 }
 
-inline void copy_patch(const Patches& p, const GridPosition& at, PatchColumn first, int64_t count,
-                       float* to) {
+template <typename To>
+void copy_patch(const Patches& p, const GridPosition& at, PatchColumn first, int64_t count, To* to) {
   with_elements(p.dtype, [&](auto zero) { copy_patch_of<decltype(zero)>(p, at, first, count, to); });
 }
 
