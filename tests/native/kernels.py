@@ -1,8 +1,8 @@
 """Runs single kernels of the native runtime on numpy arrays, through the library of runtime/test/kernel_shim.cpp.
 
-The library is built on first use, into build/test-kernels; the environment variable POCKC_KERNEL_SHIM names another
-one, such as a build with sanitizers. Operands live in malloc'ed blocks of exactly their size, so that a sanitizer sees
-every access outside them.
+The library is built on first use, into build/test-kernels: from the kernels that `make setup` compiled, where they are
+newer than their sources. The environment variable POCKC_KERNEL_SHIM names another one, such as a build with sanitizers.
+Operands live in malloc'ed blocks of exactly their size, so that a sanitizer sees every access outside them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import ctypes
 import fcntl
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -24,6 +25,7 @@ from pockc.ir import DTYPES, NUMPY_DTYPES, Array, TensorType, dtype_of
 from pockc.ops import complete_attributes
 
 ROOT = Path(__file__).resolve().parents[2]
+SHARED = ROOT / "build" / "test-kernels"
 OK, INVALID_ARGUMENT, NOT_FOUND, BAD_FILE, UNSUPPORTED = 0, 1, 2, 4, 6
 WORKSPACE_BYTES = 1 << 24  # enough for every sample
 
@@ -92,22 +94,46 @@ def _shim() -> ctypes.CDLL:
 
 
 def _build() -> Path:
-    return build_target("kernel_shim").parent / "test" / "libkernel_shim.so"
+    kernels = installed("libpockrt_static.a")
+    if kernels is None:
+        return build_target("kernel_shim").parent / "test" / "libkernel_shim.so"
+    source, library = ROOT / "runtime" / "test" / "kernel_shim.cpp", SHARED / "libkernel_shim.so"
+    folders = [word for name in ("include", "src", "kernels") for word in ("-I", str(ROOT / "runtime" / name))]
+    with _alone():
+        if not library.exists() or library.stat().st_mtime < max(kernels.stat().st_mtime, source.stat().st_mtime):
+            flags = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread")
+            _command("c++", *flags, *folders, "-o", f"{library}.new", str(source), str(kernels))
+            Path(f"{library}.new").replace(library)
+    return library
+
+
+def installed(name: str) -> Path | None:
+    """A file of the build that was installed, if there is one that is newer than all sources of the runtime."""
+    sources = (path for path in (ROOT / "runtime").rglob("*") if path.is_file() and "test" not in path.parts)
+    newest = max(path.stat().st_mtime for path in sources)
+    found = (path for path in (ROOT / "build").glob(f"py3-none-*/{name}") if path.stat().st_mtime > newest)
+    return next(found, None)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Parallel test processes wait for each other."""
+    SHARED.mkdir(parents=True, exist_ok=True)
+    with (SHARED / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def build_target(name: str, *options: str) -> Path:
-    """Build a target of the runtime where it is out of date; parallel test processes wait for each other.
+    """Build a target of the runtime where it is out of date.
 
     Returns:
         Where a program of that name is.
     """
-    folder = ROOT / "build" / "test-kernels"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        _command("cmake", "-S", str(ROOT / "runtime"), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release", *options)
-        _command("cmake", "--build", str(folder), "--target", name, "-j", "2")
-    return folder / name
+    with _alone():
+        _command("cmake", "-S", str(ROOT / "runtime"), "-B", str(SHARED), "-DCMAKE_BUILD_TYPE=Release", *options)
+        _command("cmake", "--build", str(SHARED), "--target", name, "-j", "2")
+    return SHARED / name
 
 
 def _command(*words: str) -> None:

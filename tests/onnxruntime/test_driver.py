@@ -15,7 +15,7 @@ import pytest
 from pockc.build import build
 from pockc.errors import UserError
 from pockc.session import open_session
-from tests.native.kernels import build_target
+from tests.native.kernels import build_target, installed
 from tests.onnxruntime.models import batch, examples, mobile_net, saved
 from tests.shell import Shell
 
@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.torch, pytest.mark.native]
 
 @cache
 def driver() -> Path:
-    return build_target("pock-run-onnxruntime", "-DPOCKC_ONNXRUNTIME=ON")
+    return installed("pock-run-onnxruntime") or build_target("pock-run-onnxruntime", "-DPOCKC_ONNXRUNTIME=ON")
 
 
 def run(*words: object, library: Path = LIBRARY) -> subprocess.CompletedProcess[str]:
