@@ -78,8 +78,9 @@ def run(graph: Graph, recipe: Recipe) -> Graph:
             where=analysis.obstacle.origin,
             instead="Build for a smaller batch, with --accumulate for the gradients of more samples.",
         )
-    plan = _chosen(ordered, recipe, batch, analysis)
-    _note(recipe, ordered, plan, _candidate(ordered, recipe, batch, batch, analysis))
+    whole = _in_one_piece(ordered, recipe, batch)
+    plan = _chosen(ordered, recipe, whole, analysis)
+    _note(recipe, ordered, plan, whole)
     if not plan.choice.dropped and plan.size in (0, batch):
         return graph
     after = with_second_computations(ordered, plan.candidate.step, plan.choice.dropped)
@@ -89,12 +90,14 @@ def run(graph: Graph, recipe: Recipe) -> Graph:
     return split(again.network, again.cut, parts_of(batch, plan.size))
 
 
-def _chosen(graph: Graph, recipe: Recipe, batch: int, analysis: Analysis | None) -> Plan:
+def _chosen(graph: Graph, recipe: Recipe, whole: Candidate, analysis: Analysis | None) -> Plan:
     """The plan to follow among micro-batches of the sizes that may be taken."""
-    sizes = [batch] if analysis is None else list(_sizes(graph, batch, analysis))
+    candidates = [whole]
+    if analysis is not None:
+        sizes = [recipe.micro_batch] if recipe.micro_batch else _sizes(graph, whole.size, analysis)
+        candidates += [_in_parts(graph, recipe, size, whole.size, analysis) for size in sizes if size < whole.size]
     if recipe.micro_batch:
-        sizes = [recipe.micro_batch]
-    candidates = [_candidate(graph, recipe, size, batch, analysis) for size in sizes]
+        candidates = candidates[-1:]
     if recipe.transient_target is None:
         return _smallest(graph, recipe, candidates)
     return _fastest(candidates, recipe.transient_target)
@@ -116,7 +119,7 @@ def _smallest(graph: Graph, recipe: Recipe, candidates: list[Candidate]) -> Plan
     if not smaller:
         return best
     peak = best.peak
-    if best.candidate is candidates[0]:
+    if best.candidate.size == batch_of(graph):
         after = split_prefix.run(with_second_computations(graph, best.candidate.step, best.choice.dropped), recipe)
         peak = int(live(after, recipe.workspace).max())
     for plan in smaller:
@@ -138,8 +141,7 @@ def _fastest(candidates: list[Candidate], target: int) -> Plan:
 
 
 def _sizes(graph: Graph, batch: int, analysis: Analysis) -> Iterator[int]:
-    """The whole batch, then powers of two below it as far as the step may be split."""
-    yield batch
+    """Powers of two below the batch, the largest first, as far as the step may be split."""
     if analysis.obstacle is not None:
         return
     for exponent in reversed(range(batch.bit_length())):
@@ -148,15 +150,17 @@ def _sizes(graph: Graph, batch: int, analysis: Analysis) -> Iterator[int]:
             yield size
 
 
-def _candidate(graph: Graph, recipe: Recipe, size: int, batch: int, analysis: Analysis | None) -> Candidate:
+def _in_one_piece(graph: Graph, recipe: Recipe, batch: int) -> Candidate:
+    step = Step(graph, recipe.workspace, cache=recipe.cache)
+    return Candidate(batch, step, sum(step.seconds))
+
+
+def _in_parts(graph: Graph, recipe: Recipe, size: int, batch: int, analysis: Analysis) -> Candidate:
     """What micro-batches of that size keep alive and cost."""
-    if size == batch or analysis is None:
-        step = Step(graph, recipe.workspace, cache=recipe.cache)
-        return Candidate(size, step, sum(step.seconds))
     parts = len(parts_of(batch, size))
-    shares = dict.fromkeys(analysis.batched(), min(size / batch, 1.0))
-    again = dict.fromkeys(analysis.repeated(), parts)
-    step = Step(graph, recipe.workspace, shares, analysis.sum_bytes(), again, recipe.cache)
+    shares = dict.fromkeys(analysis.batched(), size / batch)
+    runs = dict.fromkeys(analysis.repeated(), parts)
+    step = Step(graph, recipe.workspace, shares, analysis.sum_bytes(), runs, recipe.cache)
     # Sums are read and written once more by each micro-batch but the first.
     each = len(analysis.network.sums) * CALL_SECONDS + 3 * analysis.sum_bytes() / BYTES_PER_SECOND
     return Candidate(size, step, sum(step.seconds) + (parts - 1) * each)

@@ -90,7 +90,7 @@ def build(
         memory_budget: bytes that arena and mapped weights may occupy together. The fastest program within it is built,
             by computing activations again and by micro-batches whose gradients add up; without a budget, activations
             are computed again where that costs next to nothing.
-        micro_batch: samples that run through the training step at a time; 0: all, or what a budget needs.
+        micro_batch: samples that run through the training step at a time; 0: what is best for memory and time.
         disabled: names of optional passes to switch off.
         compare_full: also plan the scheme ``full``, and keep its memory in the metadata for comparison.
         frozen_dtype: how the program stores large frozen weights: ``f32``, ``bf16``, ``int8`` (a scale per output

@@ -6,7 +6,7 @@ A file for ``--device my-board.yaml`` names what differs from a known board, and
     like: rpi4                # a name of `pockc devices`
     cores: 2
     memory: 512MiB
-    cost: {gflops: 6.0, gigabytes_per_second: 2.0}
+    cost: {gflops: 6.0, gigabytes_per_second: 2.0, cache_megabytes: 1}
     tuning: my-board.json     # beside this file: what `pockc tune` measured on the board
 
 or says everything: ``name``, ``triple``, ``cores`` and ``memory`` are needed then.

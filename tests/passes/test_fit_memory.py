@@ -89,6 +89,30 @@ def test_gradients_of_micro_batches_add_up(name: str, size: int, tmp_path: Path)
         np.testing.assert_allclose(ours[key], tensor, rtol=1e-4, atol=1e-6, err_msg=key)
 
 
+def test_micro_batches_are_taken_where_activations_outweigh_weights(tmp_path: Path) -> None:
+    model, inputs = zoo.mobilenet_v2(batch_size=8, image_size=112, num_classes=10)
+
+    def made(**options: Any) -> pockc.Program:
+        return pockc.build(model, inputs, scheme="bias-only", optimizer=pockc.SGD(lr=1e-3), **options)
+
+    chosen, whole = made(), made(micro_batch=8)
+    assert chosen.metadata["memory_plan"]["micro_batch"] < 8 == whole.metadata["memory_plan"]["micro_batch"]
+    assert chosen.memory.arena_bytes < 0.7 * whole.memory.arena_bytes
+    batch = memory_peer.batch_of(inputs, "cross_entropy")
+    losses = []
+    for program in (chosen, whole):
+        program.save(tmp_path / "model.pock")
+        with pockc.Session(tmp_path / "model.pock") as session:
+            losses.append([session.train_step(**batch) for _ in range(4)])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+def test_transformers_keep_their_batch_in_one_piece() -> None:
+    model, inputs = zoo.minilm_l6(batch_size=8, sequence_length=32, vocab_size=500)
+    program = pockc.build(model, inputs, optimizer=OPTIMIZER, scheme="full")
+    assert program.metadata["memory_plan"]["micro_batch"] == 8
+
+
 def test_rows_that_are_ignored_count_over_the_whole_batch(tmp_path: Path) -> None:
     model, inputs = small("minilm_l6")
     labels = np.array([1, -100, -100, 3])
