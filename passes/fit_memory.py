@@ -161,9 +161,18 @@ def _in_parts(graph: Graph, recipe: Recipe, size: int, batch: int, analysis: Ana
     shares = dict.fromkeys(analysis.batched(), size / batch)
     runs = dict.fromkeys(analysis.repeated(), parts)
     step = Step(graph, recipe.workspace, shares, analysis.sum_bytes(), runs, recipe.cache)
-    # Sums are read and written once more by each micro-batch but the first.
-    each = len(analysis.network.sums) * CALL_SECONDS + 3 * analysis.sum_bytes() / BYTES_PER_SECOND
-    return Candidate(size, step, sum(step.seconds) + (parts - 1) * each)
+    return Candidate(size, step, sum(step.seconds) + (parts - 1) * _part_seconds(analysis))
+
+
+def _part_seconds(analysis: Analysis) -> float:
+    """What one more micro-batch costs beside its share of the work, none of which hides behind arithmetic.
+
+    Sums are read twice and written once; weights are read, packed for the product and read again.
+    """
+    states = analysis.network.graph.states
+    weights = {value for node in analysis.cut.nodes for value in node.inputs if value in states}
+    moved = 3 * (analysis.sum_bytes() + sum(value.type.nbytes for value in weights))
+    return len(analysis.network.sums) * CALL_SECONDS + moved / BYTES_PER_SECOND
 
 
 def _note(recipe: Recipe, graph: Graph, plan: Plan, whole: Candidate) -> None:

@@ -33,6 +33,7 @@ def gelu_network(width: int = 256) -> tuple[torch.nn.Module, dict[str, torch.Ten
 def built(tmp_path: Path, name: str, **options: Any) -> tuple[pockc.Program, list[float], dict[str, np.ndarray]]:
     """A program of the network, the losses of 30 steps on one batch, and the parameters after the first."""
     model, inputs = gelu_network()
+    options = {"micro_batch": ROWS} | options  # or what is packed may decide how many samples run at a time
     program = pockc.build(model, inputs, optimizer=SGD(lr=0.5, momentum=0.9), **options)
     program.save(path := tmp_path / f"{name}.pock")
     batch = {"input": inputs["input"].numpy(), "labels": np.arange(ROWS) % 10}

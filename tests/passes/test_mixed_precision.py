@@ -144,7 +144,12 @@ def test_activations_take_half_the_memory(dtype: Half) -> None:
     planned = {}
     for chosen in ("f32", dtype):
         program = pockc.build(
-            model, (torch.randn(4, 32, 64, 64),), optimizer=SGD(lr=0.1), entries=("train_step",), dtype=chosen
+            model,
+            (torch.randn(4, 32, 64, 64),),
+            optimizer=SGD(lr=0.1),
+            entries=("train_step",),
+            dtype=chosen,
+            micro_batch=4,  # as many samples at a time in both
         )
         planned[chosen] = program.placements["train_step"].nbytes
     assert planned[dtype] < 0.6 * planned["f32"]
