@@ -106,13 +106,14 @@ def _chosen(graph: Graph, recipe: Recipe, whole: Candidate, analysis: Analysis |
 def _smallest(graph: Graph, recipe: Recipe, candidates: list[Candidate]) -> Plan:
     """The lowest peak that is almost as fast as the fastest; more micro-batches only where they gain something.
 
+    And only where they are no slower than the whole batch: products of few rows are slower than the estimate knows.
     `split_prefix` will lower the peak of the whole batch where its first layers are frozen, so that is what
     micro-batches have to come below.
     """
     limit = (1 + FREE_SHARE) * min(candidate.seconds for candidate in candidates)
     plans: list[Plan] = []
     for candidate in candidates:
-        if candidate.seconds <= limit:
+        if candidate.seconds <= min(limit, candidates[0].seconds):
             choice = choices(candidate.step, 0, limit - candidate.seconds)[-1]
             plans.append(Plan(candidate, without_waste(candidate.step, choice)))
     best, *smaller = plans
