@@ -80,7 +80,8 @@ class Choices:
         str | None, typer.Option(help="Most that arena and weights may take, as 32MiB: the fastest program within it.")
     ] = None
     micro_batch: Annotated[
-        int, typer.Option(min=0, help="Samples that run through the step at a time; 0: what is best for memory and time.")
+        int,
+        typer.Option(min=0, help="Samples that run through the step at a time; 0: what is best for memory and time."),
     ] = 0
     cache_prefix: Annotated[
         bool, typer.Option("--cache-prefix", help="Also make the entries that `pock-run train --cache-prefix` needs.")

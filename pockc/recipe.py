@@ -41,8 +41,9 @@ class Recipe:
     ``cache`` is how many bytes of the device's cache one core can count on.
     ``sufficient`` is what another entry of the program takes of the arena anyway: below it no byte is worth a search.
     ``transient_target`` is what the training step may need beside its states, in bytes: computing activations again and
-    micro-batches are then worth any time; without it, next to none. ``micro_batch`` is the number of samples that run through the
-    training step at a time; 0: whatever fits best. ``decisions`` is where passes note what they chose, for the report.
+    micro-batches are then worth any time; without it, next to none. ``micro_batch`` is the number of samples that run
+    through the training step at a time; 0: whatever fits best. ``decisions`` is where passes note what they chose, for
+    the report.
     ``times`` has milliseconds of the device, by node and candidate kernel (`passes.place`): a model stands in for more.
     ``tiles`` is how another entry cut its weights, by name, into how many tiles; None where the entry is the first.
     """
