@@ -37,8 +37,9 @@ def deliver(
         runner = copy_runner(folder)
     else:
         runner = cross.build_runner(program, device, folder, toolchain)
-    files = [runner, write_readme(program, device, folder)]
-    return files + (cross.build_library(device, folder, toolchain) if library else [])
+    peak = program.memory.peak_bytes / 1e6
+    readme = write_readme(program, device, folder, _README, peak=peak, threads=program.max_threads)
+    return [runner, readme] + (cross.build_library(device, folder, toolchain) if library else [])
 
 
 def _is_served_by_the_installed(device: Device) -> bool:
@@ -57,19 +58,16 @@ def copy_runner(folder: Path, name: str = "pock-run") -> Path:
     return target
 
 
-def write_readme(program: Program, device: Device, folder: Path) -> Path:
-    """Write README.md for whoever finds the folder on the board."""
+def write_readme(program: Program, device: Device, folder: Path, template: str, **details: object) -> Path:
+    """Write README.md for whoever finds the folder on the board: the template, with what is known of the program."""
     file = folder / "README.md"
-    inputs = ", ".join(f"`{value.name}`" for value in program.entries["train_step"].inputs)
-    memory = program.memory
-    text = _README.format(
+    text = template.format(
         model=program.metadata.get("model", "a model"),
         scheme=program.metadata.get("scheme", ""),
         device=device.name,
         architecture=device.architecture,
-        inputs=inputs,
-        peak=memory.peak_bytes / 1e6,
-        threads=program.max_threads,
+        inputs=", ".join(f"`{value.name}`" for value in program.entries["train_step"].inputs),
+        **details,
     )
     file.write_text(text)
     return file

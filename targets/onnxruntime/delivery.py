@@ -10,7 +10,7 @@ from pockc.errors import UserError
 from pockc.program import Program
 from pockc.targets.devices import Device
 from pockc.targets.native import cross
-from pockc.targets.native.delivery import copy_runner
+from pockc.targets.native.delivery import copy_runner, write_readme
 
 RUNNER = "pock-run-onnxruntime"
 
@@ -27,7 +27,7 @@ def deliver(program: Program, device: Device, folder: Path, toolchain: str | Non
     Raises:
         UserError: there is no such program, or no toolchain for the board; the README is there nevertheless.
     """
-    readme = write_readme(program, device, folder)
+    readme = write_readme(program, device, folder, _README, version=_version())
     if device.triple.endswith("-android"):
         raise UserError(
             f"there is no {RUNNER} for {device.name}: it needs the C library of a Linux distribution",
@@ -38,22 +38,6 @@ def deliver(program: Program, device: Device, folder: Path, toolchain: str | Non
     else:
         runner = cross.build_onnxruntime_runner(device, folder, toolchain)
     return [runner, readme]
-
-
-def write_readme(program: Program, device: Device, folder: Path) -> Path:
-    """Write README.md for whoever finds the folder on the board."""
-    file = folder / "README.md"
-    inputs = ", ".join(f"`{value.name}`" for value in program.entries["train_step"].inputs)
-    text = _README.format(
-        model=program.metadata.get("model", "a model"),
-        scheme=program.metadata.get("scheme", ""),
-        device=device.name,
-        architecture=device.architecture,
-        inputs=inputs,
-        version=_version(),
-    )
-    file.write_text(text)
-    return file
 
 
 def _version() -> str:
