@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -30,6 +30,9 @@ from pockc.targets import find as find_target
 from pockc.targets.devices import Device
 from pockc.targets.native import workspace_of
 from pockc.tuning import times_of
+
+if TYPE_CHECKING:  # torch is an extra: only building needs it
+    from pockc.frontend.torch import Imported
 
 Inputs = Mapping[str, Any] | tuple[Any, ...]
 Calibration = Mapping[str, Any] | Literal["example"] | None
@@ -152,10 +155,11 @@ def build(
         cache_prefix=cache_prefix,
     )
     _check_target(options)
+    imports = _trace(model, example_inputs, options)
     try:
-        return _build(model, example_inputs, options)
+        return _build(model, example_inputs, options, imports)
     except BudgetError as error:
-        raise advised(error, _alternatives(model, example_inputs, options)) from None
+        raise advised(error, _alternatives(model, example_inputs, options, imports)) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,17 +191,32 @@ class Options:
     cache_prefix: bool
 
 
-def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
+@dataclass(frozen=True, slots=True)
+class Imports:
+    """A traced model, and how long that took. ``evaluated`` is None where training has the same graph."""
+
+    training: Imported
+    evaluated: Imported | None
+    seconds: float
+
+
+def _trace(model: Any, example_inputs: Inputs, options: Options) -> Imports:
+    """The model as it trains, and as it is evaluated."""
     from pockc.frontend.torch import trace  # torch is an extra: only building needs it
 
     started = time.perf_counter()
+    training = trace(model, example_inputs, loss=options.loss, batchnorm=options.batchnorm)
+    evaluated = None
+    if getattr(model, "training", False) or options.batchnorm == "train":
+        evaluated = trace(model, example_inputs, loss=options.loss, batchnorm="freeze", training=False)
+    return Imports(training, evaluated, time.perf_counter() - started)
+
+
+def _build(model: Any, example_inputs: Inputs, options: Options, imports: Imports) -> Program:
+    started = time.perf_counter() - imports.seconds
     loss, batchnorm = options.loss, options.batchnorm
     device = options.device
-    imported = trace(model, example_inputs, loss=loss, batchnorm=batchnorm)
-    needs_eval_graph = bool(getattr(model, "training", False)) or batchnorm == "train"
-    evaluated = (
-        trace(model, example_inputs, loss=loss, batchnorm="freeze", training=False) if needs_eval_graph else None
-    )
+    imported, evaluated = imports.training, imports.evaluated
 
     parameters = {
         value.name: state.original().shape
@@ -289,25 +308,28 @@ def _build(model: Any, example_inputs: Inputs, options: Options) -> Program:
     return replace(program, metadata=metadata)
 
 
-def _alternatives(model: Any, example_inputs: Inputs, options: Options) -> Iterator[Alternative]:
+def _alternatives(model: Any, example_inputs: Inputs, options: Options, imports: Imports) -> Iterator[Alternative]:
     """Schemes, batch sizes and image sizes that may fit where the user's do not."""
     options = replace(options, compare_full=False)
     for scheme in ("sparse", "bias-only", "head"):
         if scheme != options.scheme:
-            yield Alternative(
-                f"scheme {scheme}", partial(_build, model, example_inputs, replace(options, scheme=scheme))
-            )
+            build_scheme = partial(_build, model, example_inputs, replace(options, scheme=scheme), imports)
+            yield Alternative(f"scheme {scheme}", build_scheme)
     tensors = list(example_inputs.values() if isinstance(example_inputs, Mapping) else example_inputs)
     batch = tensors[0].shape[0] if tensors and tensors[0].shape else 1
     for size in sorted({batch // 2, 1} - {0, batch}, reverse=True):
         fewer = _mapped(example_inputs, lambda x, size=size: x[:size] if x.shape[:1] == (batch,) else x)
-        yield Alternative(f"batch size {size}", partial(_build, model, fewer, options))
+        yield Alternative(f"batch size {size}", partial(_build_anew, model, fewer, options))
     images = [x for x in tensors if len(x.shape) == 4 and x.shape[2] == x.shape[3] >= 64]
     for pixels in (images[0].shape[2] // 2,) if images else ():
         smaller = _mapped(example_inputs, lambda x, n=pixels: x[:, :, :n, :n] if len(x.shape) == 4 else x)
         # Samples are of another size; memory is the same with any.
         measured = replace(options, calibration="example") if options.calibration else options
-        yield Alternative(f"images of {pixels} by {pixels} pixels", partial(_build, model, smaller, measured))
+        yield Alternative(f"images of {pixels} by {pixels} pixels", partial(_build_anew, model, smaller, measured))
+
+
+def _build_anew(model: Any, example_inputs: Inputs, options: Options) -> Program:
+    return _build(model, example_inputs, options, _trace(model, example_inputs, options))
 
 
 def _mapped(example_inputs: Inputs, function: Callable[..., Any]) -> Inputs:
