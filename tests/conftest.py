@@ -13,10 +13,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from tests import browser
+import pockc.frontend.torch
+from tests import browser, traces
 from tests.shell import Shell
 
 torch.set_num_threads(1)
+pockc.frontend.torch.trace = traces.remembered
 
 GOLDEN = Path(__file__).parent / "golden"
 
