@@ -275,6 +275,16 @@ def test_the_command_line_builds_shows_and_trains_with_it(shell: Shell) -> None:
     assert "loss scale 1048576; 0 steps skipped" in done.stderr
     report = json.loads(Path("report.json").read_text())
     assert (report["loss_scale"], report["skipped_steps"], report["roll_backs"]) == (2.0**20, 0, 0)
+
+    # Scaled gradients overflow, losses do not: steps are skipped, and the run does not go back.
+    with Session("out/model.pock") as session:
+        session.set_state(SCALE, TOO_LARGE)
+        session.save_checkpoint("a.ckpt", cursor={"epoch": 0, "step": 0, "seed": 0, "samples": 80, "loss_sum": 0})
+    np.savez("train.npz", x=1000 * x, labels=random.integers(0, 4, 80))
+    run("train", "out/model.pock", "--data", "train.npz", "--resume", "--save", "a.ckpt", "--json", "report.json")
+    report = json.loads(Path("report.json").read_text())
+    assert report["loss_scale"] == TOO_LARGE / 2 ** report["skipped_steps"] < TOO_LARGE
+    assert (report["steps"], report["roll_backs"]) == (10, 0)
     assert shell("build", "model.py:make", "--loss-scale", "large")[2].count("--loss-scale is 'large'") == 1
 
 
