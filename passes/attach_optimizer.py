@@ -9,12 +9,13 @@ import numpy as np
 from pockc.ir import Array, Builder, Graph, Origin, StateKind, Value
 from pockc.ops.optimizer8 import blocks
 from pockc.optim import SGD, Adam, AdamW, Lion
+from pockc.passes import loss_scale
 from pockc.passes.differentiate import PREFIX
 from pockc.recipe import Recipe
 from pockc.scheme import channel_axis, select_channels
 
 LEARNING_RATE = "pockc.learning_rate"
-STEP = "pockc.step"  # times that an entry which trains has run: the clock of dropout
+STEP = "pockc.step"  # times that an entry which trains has run, and was not skipped: the clock of dropout
 UPDATES = "pockc.updates"  # optimizer steps done: the clock of the schedule; the same as STEP without accumulation
 ACCUMULATED = "accumulated"
 
@@ -24,15 +25,19 @@ def run(graph: Graph, recipe: Recipe) -> Graph:
 
     Pre:  the outputs of `differentiate`, gradients of the loss over ``recipe.accumulation``, times its scale.
     Post: the loss is the only output; every trained parameter with a gradient, its slots, the step counters and, with
-          accumulation, the accumulators (set back to zero) are updated.
+          accumulation, the accumulators (set back to zero) are updated. With a dynamic scale, that is updated too, and
+          all of the rest but the accumulators waits for a `gate`.
     """
     stage = _Stage(graph, recipe)
     gradients = stage.gradients()
     stage.builder.origin = Origin(module="<optimizer>", phase="update")
+    if recipe.accumulation > 1:
+        gradients = {p: stage.accumulated(p, g, reset=True) for p, g in gradients.items()}
+    if recipe.has_dynamic_scale:
+        gradients = stage.behind_gate(gradients)
     step = stage.advance(STEP)
     if recipe.accumulation > 1:
         step = stage.advance(UPDATES)
-        gradients = {p: stage.accumulated(p, g, reset=True) for p, g in gradients.items()}
     gradients = _clipped(stage.builder, gradients, recipe.optimizer.clip_norm)
     rate = stage.learning_rate(step)
     for parameter, gradient in gradients.items():
@@ -77,6 +82,7 @@ class _Stage:
         self.builder = Builder(graph)
         self.updates: dict[Value, Value] = dict(graph.updates)
         self.indices: dict[Value, tuple[Value, int]] = {}  # of channel-sparse parameters: indices and axis
+        self.one = self.builder.constant(1, "i64")  # what a counter advances by
 
     def finish(self) -> Graph:
         """The step. Its only output is the loss: predictions would stay alive until the last update."""
@@ -92,10 +98,25 @@ class _Stage:
         return found
 
     def _unscaled(self, gradient: Value) -> Value:
-        """The gradient of the loss itself: exact, since the scale is a power of two."""
-        if self.recipe.loss_scale == 1.0:
+        """The gradient of the loss itself: exact, since the scale is a power of two. With a dynamic one as it is."""
+        if self.recipe.loss_scale == 1.0 or self.recipe.has_dynamic_scale:
             return gradient
         return self.builder("mul", gradient, self.builder.constant(1 / self.recipe.loss_scale))
+
+    def behind_gate(self, gradients: dict[Value, Value]) -> dict[Value, Value]:
+        """The gradients of the loss itself, where they are finite; else the step ends with the states as they were.
+
+        The accumulators alone are set back to zero even then: an infinite sum would stay for ever. What the model
+        itself updates, running statistics, waits like the rest: those of a batch that overflows are infinite.
+        """
+        resets = [value for state, value in self.updates.items() if state not in self.graph.updates]
+        before = [self.graph.outputs["loss"], *resets]
+        gate = loss_scale.gate(self.builder, self.recipe, gradients.values(), before)
+        self.updates.update(gate.updates)
+        for state, value in self.graph.updates.items():
+            self.updates[state] = self.builder("mul", value, gate.one, hint=value.name)
+        self.one = self.builder("cast", gate.one, dtype="i64", hint="one")
+        return {p: self.builder("mul", g, gate.unscale, hint="gradient") for p, g in gradients.items()}
 
     def _selected(self, parameter: Value, gradient: Value) -> Value:
         channels = self.recipe.trained[parameter.name]
@@ -118,7 +139,7 @@ class _Stage:
     def advance(self, counter: str) -> Value:
         """The counter plus one, which is also its new value."""
         state = self.state(counter, "counter", np.zeros((), np.int64))
-        self.updates[state] = value = self.builder("add", state, self.builder.constant(1, "i64"), hint="step")
+        self.updates[state] = value = self.builder("add", state, self.one, hint="step")
         return value
 
     def accumulated(self, parameter: Value, gradient: Value, *, reset: bool) -> Value:
@@ -126,9 +147,13 @@ class _Stage:
         shape = gradient.type.shape
         state = self._slot(f"{parameter.name}.{ACCUMULATED}", shape, self.graph.states[parameter].permutation)
         total = self.builder("add", state, gradient, hint="accumulated")
-        zeros = self.builder("expand", self.builder.constant(0.0), shape=shape) if reset else total
-        self.updates[state] = zeros
+        self.updates[state] = self._zeros(shape) if reset else total
         return total
+
+    def _zeros(self, shape: tuple[int, ...]) -> Value:
+        if self.recipe.has_dynamic_scale:
+            return loss_scale.zeros(self.builder, shape)
+        return self.builder("expand", self.builder.constant(0.0), shape=shape)
 
     def learning_rate(self, step: Value) -> Value:
         optimizer = self.recipe.optimizer

@@ -9,6 +9,7 @@ from typing import NoReturn
 from pockc.errors import UserError
 from pockc.ir import Builder, Graph, Node, Value
 from pockc.ops import OPS
+from pockc.passes import loss_scale
 from pockc.recipe import Recipe
 
 PREFIX = "gradient:"
@@ -23,9 +24,7 @@ def run(graph: Graph, recipe: Recipe) -> Graph:
     """
     targets = [graph.state(name) for name in recipe.trained if any(v.name == name for v in graph.states)]
     builder = Builder(graph)
-    gradients = differentiate(
-        builder, graph, graph.outputs["loss"], targets, seed=recipe.loss_scale / recipe.accumulation
-    )
+    gradients = differentiate(builder, graph, graph.outputs["loss"], targets, loss_scale.seed(builder, recipe))
     outputs = {PREFIX + target.name: gradients[target] for target in targets if target in gradients}
     if not outputs:
         raise UserError(
@@ -37,7 +36,7 @@ def run(graph: Graph, recipe: Recipe) -> Graph:
 
 
 def differentiate(
-    builder: Builder, graph: Graph, loss: Value, targets: Iterable[Value], seed: float = 1.0
+    builder: Builder, graph: Graph, loss: Value, targets: Iterable[Value], seed: Value
 ) -> dict[Value, Value]:
     """Append the gradient of ``seed * loss`` to the builder, which must hold the graph's nodes already.
 
@@ -47,7 +46,7 @@ def differentiate(
     active = _active(graph.nodes, wanted)
     if loss not in active:
         return {}
-    cotangents: dict[Value, Value] = {loss: builder.constant(seed, hint="seed")}
+    cotangents: dict[Value, Value] = {loss: seed}
     for node in reversed(graph.nodes):
         need = frozenset(i for i, value in enumerate(node.inputs) if value in active)
         if not need or not any(output in cotangents for output in node.outputs):

@@ -13,7 +13,7 @@ import numpy as np
 
 from pockc import calibration as ranges
 from pockc.budget import Alternative, advised, within
-from pockc.dtype_checks import check_dtype, check_prefix, check_state_dtype
+from pockc.dtype_checks import check_dtype, check_prefix, check_state_dtype, resolved_scale
 from pockc.entries import ENTRIES, Traced, lowered, seeded
 from pockc.errors import BudgetError, UserError, near_names
 from pockc.ir import Graph
@@ -23,7 +23,7 @@ from pockc.passes import memory
 from pockc.passes.lifetimes import update_chains
 from pockc.pipeline import COMMON, LOWERINGS, TOGETHER, Known, Manager
 from pockc.program import Program, place_states
-from pockc.recipe import BatchNorm, Dtype, FrozenDtype, PrefixDtype, Recipe, SavedDtype, StateDtype
+from pockc.recipe import BatchNorm, Dtype, FrozenDtype, LossScale, PrefixDtype, Recipe, SavedDtype, StateDtype
 from pockc.scheme import Channels, Scheme, detect_family, resolve
 from pockc.targets import devices
 from pockc.targets import find as find_target
@@ -36,8 +36,6 @@ if TYPE_CHECKING:  # torch is an extra: only building needs it
 
 Inputs = Mapping[str, Any] | tuple[Any, ...]
 Calibration = Mapping[str, Any] | Literal["example"] | None
-
-FP16_LOSS_SCALE = 1024.0  # keeps gradients down to 2^-34 above zero, and overflows from 64 on
 
 
 def build(
@@ -52,7 +50,8 @@ def build(
     accumulation: int = 1,
     dtype: Dtype = "f32",
     half_arithmetic: bool = False,
-    loss_scale: float | None = None,
+    loss_scale: LossScale | None = None,
+    loss_scale_interval: int | None = None,
     state_dtype: StateDtype = "f32",
     loss_options: Mapping[str, float] | None = None,
     seed: int = 0,
@@ -86,7 +85,10 @@ def build(
         half_arithmetic: with ``dtype`` ``fp16``, also multiply in 16 bits where the CPU can: on 64-bit ARM with the
             FP16 extension alone. Results there differ from those on other CPUs, by a few roundings of storage.
         loss_scale: a power of two, by which gradients are multiplied on their way to the parameters; by default
-            `FP16_LOSS_SCALE` with ``fp16``, whose least numbers gradients may fall below, and 1 otherwise.
+            1024 with ``fp16``, whose least numbers gradients may fall below, and 1 otherwise. Or ``dynamic``, as
+            ``torch.amp.GradScaler``, with any ``dtype``: 65536 to begin with; a step with gradients that are not finite
+            updates nothing and halves the scale. All gradients are then in memory together, as with ``clip_norm``.
+        loss_scale_interval: steps in a row with finite gradients that double a dynamic scale; 2000 by default.
         state_dtype: how optimizer slots are stored: ``f32``, or ``int8``, a byte each and a scale for every 256.
         loss_options: ``label_smoothing``, ``ignore_index`` (cross entropy), ``delta`` (huber).
         seed: of dropout and of random channel selections in presets.
@@ -121,7 +123,8 @@ def build(
     """
     optimizer = optimizer or AdamW()
     _check_options(loss, batchnorm, accumulation, frozen_dtype)
-    check_dtype(dtype, half_arithmetic, loss_scale, prefix_dtype, saved_dtype)
+    check_dtype(dtype, half_arithmetic, prefix_dtype, saved_dtype)
+    scale, scale_interval = resolved_scale(dtype, loss_scale, loss_scale_interval)
     if saved_dtype not in get_args(SavedDtype):
         raise UserError(f"saved_dtype is {saved_dtype!r}", supported=", ".join(get_args(SavedDtype)))
     check_prefix(prefix_dtype, calibration, batchnorm)
@@ -138,7 +141,8 @@ def build(
         accumulation=accumulation,
         dtype=dtype,
         half_arithmetic=half_arithmetic,
-        loss_scale=loss_scale or (FP16_LOSS_SCALE if dtype == "fp16" else 1.0),
+        loss_scale=scale,
+        scale_interval=scale_interval,
         state_dtype=state_dtype,
         loss_options=dict(loss_options or {}),
         seed=seed,
@@ -175,6 +179,7 @@ class Options:
     dtype: Dtype
     half_arithmetic: bool
     loss_scale: float
+    scale_interval: int
     state_dtype: StateDtype
     loss_options: Mapping[str, float]
     seed: int
@@ -239,6 +244,7 @@ def _build(model: Any, example_inputs: Inputs, options: Options, imports: Import
         accumulation=options.accumulation,
         dtype=options.dtype,
         loss_scale=options.loss_scale,
+        scale_interval=options.scale_interval,
         state_dtype=options.state_dtype,
         frozen_dtype=options.frozen_dtype,
         saved_dtype=options.saved_dtype,
@@ -284,6 +290,7 @@ def _build(model: Any, example_inputs: Inputs, options: Options, imports: Import
         "dtype": options.dtype,
         "half_arithmetic": options.half_arithmetic,
         "loss_scale": options.loss_scale,
+        "loss_scale_interval": options.scale_interval,
         "state_dtype": options.state_dtype,
         "batchnorm": batchnorm,
         "frozen_dtype": options.frozen_dtype,

@@ -16,6 +16,7 @@ from pockc.calibration import load_samples
 from pockc.cli_model import load_model, make_loss, make_optimizer
 from pockc.errors import UserError
 from pockc.optim import Schedule
+from pockc.recipe import LossScale
 from pockc.scheme import Scheme
 from pockc.sizes import parse_size
 
@@ -52,7 +53,11 @@ class Choices:
         bool, typer.Option("--half-arithmetic", help="With --dtype fp16: multiply in 16 bits where the CPU can.")
     ] = False
     loss_scale: Annotated[
-        float | None, typer.Option(help="Of the gradients, a power of two; default: 1024 with fp16, else 1.")
+        str | None,
+        typer.Option(help="Of the gradients: a power of two, by default 1024 with fp16, else 1; or dynamic."),
+    ] = None
+    loss_scale_interval: Annotated[
+        int | None, typer.Option(help="Steps with finite gradients that double a dynamic loss scale; default: 2000.")
     ] = None
     state_dtype: Annotated[
         str, typer.Option(help="f32, or int8: a byte per element of momenta and second moments.")
@@ -123,7 +128,8 @@ class Choices:
             "seed": self.seed,
             "dtype": self.dtype,
             "half_arithmetic": self.half_arithmetic,
-            "loss_scale": self.loss_scale,
+            "loss_scale": _scale(self.loss_scale),
+            "loss_scale_interval": self.loss_scale_interval,
             "state_dtype": self.state_dtype,
             "frozen_dtype": self.frozen_dtype,
             "prefix_dtype": self.prefix_dtype,
@@ -152,6 +158,16 @@ class Choices:
         named = [text.rpartition(":")[0] for text in (self.model, self.loss) if ":" in text]
         named += [self.calibrate] if self.calibrate not in (None, EXAMPLE) else []
         return {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in named}
+
+
+def _scale(text: str | None) -> LossScale | None:
+    """What `pockc.build` takes as the scale of the loss. Raises UserError for what is no number."""
+    if text == "dynamic":
+        return "dynamic"
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        raise UserError(f"--loss-scale is {text!r}", supported="dynamic; powers of two, such as 1024") from None
 
 
 def with_choices(model: str = FUNCTION) -> Callable[[Callable[..., None]], Callable[..., None]]:

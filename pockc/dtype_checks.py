@@ -7,17 +7,16 @@ from typing import get_args
 
 from pockc.errors import UserError
 from pockc.optim import Optimizer
-from pockc.recipe import Dtype, PrefixDtype, StateDtype
+from pockc.recipe import Dtype, LossScale, PrefixDtype, StateDtype
+
+FP16_SCALE = 1024.0  # keeps gradients down to 2^-34 above zero, and overflows from 64 on
+DYNAMIC_SCALE, DYNAMIC_INTERVAL = 65536.0, 2000  # to begin with, and to double: torch.amp.GradScaler's
 
 
-def check_dtype(
-    dtype: str, half_arithmetic: bool, loss_scale: float | None, prefix_dtype: str, saved_dtype: str
-) -> None:
+def check_dtype(dtype: str, half_arithmetic: bool, prefix_dtype: str, saved_dtype: str) -> None:
     """Raise UserError for activations that do not exist, or not together."""
     if dtype not in get_args(Dtype):
         raise UserError(f"dtype is {dtype!r}", supported=", ".join(get_args(Dtype)))
-    if loss_scale is not None and (loss_scale <= 0 or math.frexp(loss_scale)[0] != 0.5):
-        raise UserError(f"loss_scale is {loss_scale}", supported="powers of two above 0, such as 1024")
     if half_arithmetic and dtype != "fp16":
         raise UserError(
             f"half_arithmetic is for activations in fp16, but dtype is {dtype!r}",
@@ -30,6 +29,27 @@ def check_dtype(
                 supported="either of the two, the other as 'f32'; frozen_dtype goes with every dtype",
                 instead=f"Leave {name} out, or dtype.",
             )
+
+
+def resolved_scale(dtype: str, loss_scale: LossScale | None, interval: int | None) -> tuple[float, int]:
+    """The first scale of the loss, and what doubles it: so many steps in a row, or 0 where the scale is constant.
+
+    Raises UserError for a scale that is no power of two, and for an interval that is none.
+    """
+    if loss_scale == "dynamic":
+        if interval is not None and interval < 1:
+            raise UserError(f"loss_scale_interval is {interval}; it counts steps and is at least 1")
+        return DYNAMIC_SCALE, interval or DYNAMIC_INTERVAL
+    if interval is not None:
+        raise UserError(
+            f"loss_scale_interval is for loss_scale 'dynamic', but that is {loss_scale}",
+            instead="Leave loss_scale_interval out, or give loss_scale 'dynamic'.",
+        )
+    if loss_scale is None:
+        return (FP16_SCALE if dtype == "fp16" else 1.0), 0
+    if isinstance(loss_scale, str) or loss_scale <= 0 or math.frexp(loss_scale)[0] != 0.5:
+        raise UserError(f"loss_scale is {loss_scale}", supported="dynamic; powers of two above 0, such as 1024")
+    return loss_scale, 0
 
 
 def check_prefix(prefix_dtype: str, calibration: object, batchnorm: str) -> None:

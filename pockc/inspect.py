@@ -165,6 +165,8 @@ def _facts(metadata: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     if metadata.get("dtype", "f32") != "f32":
         products = ", products too where the CPU can" if metadata.get("half_arithmetic") else ""
         yield "activations", f"{metadata['dtype']}{products}"
+    if metadata.get("loss_scale", 1.0) != 1.0:
+        yield "loss scale", _scale(metadata)
     if metadata.get("state_dtype", "f32") != "f32":
         yield "optimizer state", str(metadata["state_dtype"])
     yield "loss", str(metadata.get("loss", ""))
@@ -181,6 +183,12 @@ def _facts(metadata: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     yield from _memory_facts(metadata)
     if metadata.get("without_gradient"):
         yield "no gradient reaches", ", ".join(metadata["without_gradient"])
+
+
+def _scale(metadata: Mapping[str, Any]) -> str:
+    interval = metadata.get("loss_scale_interval", 0)
+    growth = f", dynamic: doubled after {interval} finite steps, halved after one that is not" if interval else ""
+    return f"{metadata['loss_scale']:g}{growth}"
 
 
 def _memory_facts(metadata: Mapping[str, Any]) -> Iterable[tuple[str, str]]:

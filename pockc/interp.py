@@ -38,9 +38,11 @@ def evaluate(
     with np.errstate(all="ignore"):
         for node in graph.nodes:
             known.update(_run(node, [known[v] for v in node.inputs]))
+            if node.op == "gate" and not known[node.outputs[0]]:
+                break  # what would have come behind it is not updated
     outputs = {name: known[value] for name, value in graph.outputs.items()}
     kept = (v for v, state in graph.states.items() if state.kind != "constant")
-    return outputs, {v.name: known[graph.updates.get(v, v)] for v in kept}
+    return outputs, {v.name: known.get(graph.updates.get(v, v), known[v]) for v in kept}
 
 
 def _initial(value: Value, state: State, given: Mapping[str, Array]) -> Array | None:

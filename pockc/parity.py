@@ -126,6 +126,11 @@ def verify_against_torch(
 
     if steps < 1:
         raise UserError(f"steps is {steps}; at least one is needed")
+    if memory_options.get("loss_scale") == "dynamic":
+        raise UserError(
+            "loss_scale is 'dynamic': it skips steps that PyTorch in float32 takes, so that the two cannot be compared",
+            instead="Verify with a constant loss scale: all else of the program is the same.",
+        )
     optimizer = optimizer or AdamW()
     options = dict(loss_options or {})
     compiled = partial(

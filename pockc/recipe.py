@@ -17,6 +17,7 @@ Dtype = Literal["f32", "bf16", "fp16"]
 SavedDtype = Literal["f32", "int8"]
 FrozenDtype = Literal["f32", "bf16", "int8", "int4"]
 PrefixDtype = Literal["f32", "int8"]
+LossScale = float | Literal["dynamic"]
 
 
 def no_workspace(node: Node) -> int:
@@ -33,7 +34,8 @@ class Recipe:
     ``accumulation`` is the number of micro-steps per optimizer step; ``threads`` sizes the kernels' workspaces,
     and ``workspace`` is the target's count of their bytes for a node: passes that weigh memory ask it.
     ``dtype`` is how activations and their gradients are stored; ``loss_scale`` multiplies those gradients, and the
-    gradients of parameters are divided by it.
+    gradients of parameters are divided by it. Where ``scale_interval`` is not 0, that is the scale to begin with, and
+    as many steps in a row with finite gradients double it.
     ``state_dtype`` is how optimizer slots are stored, ``frozen_dtype`` how frozen weights are, ``saved_dtype`` how
     activations wait for the backward pass.
     ``prefix_ranges`` is what the values of the frozen prefix were measured to lie between, by their keys
@@ -56,6 +58,7 @@ class Recipe:
     accumulation: int = 1
     dtype: Dtype = "f32"
     loss_scale: float = 1.0
+    scale_interval: int = 0
     state_dtype: StateDtype = "f32"
     saved_dtype: SavedDtype = "f32"
     frozen_dtype: FrozenDtype = "f32"
@@ -71,3 +74,8 @@ class Recipe:
     times: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     updated_buffers: frozenset[str] = frozenset()  # running statistics that a training entry updates
     disabled: frozenset[str] = frozenset()  # names of passes that the user switched off, for ablation
+
+    @property
+    def has_dynamic_scale(self) -> bool:
+        """Whether the scale of the loss follows the gradients."""
+        return self.scale_interval > 0

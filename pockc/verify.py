@@ -17,7 +17,7 @@ from pockc.text import show_node
 
 Level = Literal["imported", "training", "lowered", "planned"]
 
-OPTIMIZER_OPS = frozenset({"sgd", "momentum", "adam", "lion", "momentum8", "adam8", "lion8", "learning_rate"})
+OPTIMIZER_OPS = frozenset({"sgd", "momentum", "adam", "lion", "momentum8", "adam8", "lion8", "learning_rate", "gate"})
 
 
 def verify(
@@ -32,17 +32,18 @@ def verify(
         4. Every op exists; its output types are those of its type rule, its attributes complete and in canonical order.
         5. An update maps a state, not a constant, to a value of the state's type.
         6. The data of a state, where there is any, has the state's type. Inputs and results of nodes are never compact.
+        7. A gate needs every output, and every new state that does not need it: what comes first depends on no order.
     imported:
-        7. There are no gradient ops, no optimizer ops, and no updates but of buffers (running statistics).
-        8. Every node is in the forward phase.
+        8. There are no gradient ops, no optimizer ops, and no updates but of buffers (running statistics).
+        9. Every node is in the forward phase.
     lowered, planned:
-        9. Every node passes ``supports``, where the target gives it. (Offsets have a checker of their own.)
+        10. Every node passes ``supports``, where the target gives it. (Offsets have a checker of their own.)
 
     Raises:
         InternalError: with every violation, one to a line, each with its node's text and origin.
     """
     load_families()
-    problems = [*_structure(graph), *_states(graph)]
+    problems = [*_structure(graph), *_states(graph), *_gates(graph)]
     checked = set() if checked is None else checked
     for node in graph.nodes:
         if node in checked:
@@ -111,6 +112,21 @@ def _states(graph: Graph) -> Iterator[str]:
             yield f"state {value!r}: its data is {state.data.dtype}{list(state.data.shape)}"
 
 
+def _gates(graph: Graph) -> Iterator[str]:
+    """Invariant 7."""
+    for gate in (node for node in graph.nodes if node.op == "gate"):
+        before, behind = {*gate.inputs, *gate.outputs}, set(gate.outputs)
+        for node in reversed(graph.nodes):
+            if not before.isdisjoint(node.outputs):
+                before.update(node.inputs)
+        for node in graph.nodes:
+            if not behind.isdisjoint(node.inputs):
+                behind.update(node.outputs)
+        late = [value for value in graph.outputs.values() if value not in before]
+        late += [value for value in graph.updates.values() if value not in before and value not in behind]
+        yield from (f"{_Place(gate)}: {value!r} may come behind it" for value in late)
+
+
 def _stored(type_: TensorType) -> tuple[tuple[int, ...], Any]:
     """Shape and numpy dtype of a state's data."""
     if not type_.is_compact:
@@ -136,7 +152,7 @@ def _types(node: Node) -> Iterator[str]:
 
 
 def _imported(graph: Graph) -> Iterator[str]:
-    """Invariants 7 and 8."""
+    """Invariants 8 and 9."""
     for node in graph.nodes:
         if node.op.endswith("_grad") or "_grad_" in node.op or node.op in OPTIMIZER_OPS:
             yield f"{_Place(node)}: such an op cannot come from a model"

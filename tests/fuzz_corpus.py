@@ -120,7 +120,7 @@ CASES: dict[str, Case] = {
         Small,
         vector,
         False,
-        {"loss": "huber", "accumulation": 2, "optimizer": pockc.Adam(lr=1e-3)},
+        {"loss": "huber", "accumulation": 2, "optimizer": pockc.Adam(lr=1e-3), "loss_scale": "dynamic"},
     ),
     "small-bce": (Small, vector, False, {"loss": "bce_with_logits", "optimizer": pockc.SGD(lr=0.1)}),
 }

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 FAMILIES = (
     "elementwise", "activation", "masks", "reduce", "shape", "linear", "conv", "winograd", "pool", "norm", "softmax",
-    "attention", "embedding", "dropout", "loss", "loss_tiles", "optimizer", "optimizer8", "quantized", "saved8",
+    "attention", "embedding", "dropout", "loss", "loss_tiles", "gate", "optimizer", "optimizer8", "quantized", "saved8",
 )  # fmt: skip
 
 

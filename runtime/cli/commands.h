@@ -12,6 +12,8 @@
 
 namespace pockc::cli {
 
+constexpr const char* kScaleState = "pockc.loss_scale";  // there where the scale is dynamic
+
 // A program with one session, and what loading did to the memory of the process and took.
 struct Model {
   Program program;
@@ -24,6 +26,9 @@ struct Model {
   Status open(const Options& options);
   // The entry, or null with an error that lists those that exist.
   const EntryRecord* entry(const char* name) const;
+  // The scale of the loss, and how many steps were skipped so far because a gradient was not finite; false
+  // where the scale is a constant of the program.
+  bool read_loss_scale(float* scale, int64_t* skipped) const;
   // Adds memory figures, threads and instruction set to a report.
   void describe(JsonObject* report) const;
 };

@@ -1,5 +1,6 @@
 // info: what a program holds.
 #include <cstdio>
+#include <cstring>
 
 #include "commands.h"
 #include "error.h"
@@ -45,6 +46,15 @@ void print_metadata(const Program& program) {
   }
 }
 
+// The scale to begin with, of which the file has the bytes.
+void print_loss_scale(const Program& program) {
+  const StateRecord* state = program.find_state(kScaleState);
+  if (state == nullptr || program.tensors[state->tensor].bytes != sizeof(float)) return;
+  float scale = 0;
+  std::memcpy(&scale, program.data.data + state->initial, sizeof(scale));
+  std::printf("%-14s dynamic, %g to begin with\n", "loss scale", static_cast<double>(scale));
+}
+
 }  // namespace
 
 int info(const Options& options) {
@@ -57,6 +67,7 @@ int info(const Options& options) {
   std::printf("%-14s %s\n", "data", format_bytes(program.data.size).c_str());
   std::printf("%-14s %u at most\n", "threads", program.max_threads);
   std::printf("%-14s %u\n", "accumulation", program.accumulation);
+  print_loss_scale(program);
   std::printf("%-14s %s\n", "golden vectors", program.golden.data == nullptr ? "no" : "yes");
   std::printf("%-14s %s (this machine)\n", "instructions", best_isa());
   std::printf("changing states\n");

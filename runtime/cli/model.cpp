@@ -86,6 +86,15 @@ const EntryRecord* Model::entry(const char* name) const {
   return nullptr;
 }
 
+bool Model::read_loss_scale(float* scale, int64_t* skipped) const {
+  constexpr const char* kSkippedState = "pockc.skipped_steps";
+  if (program.find_state(kScaleState) == nullptr || program.find_state(kSkippedState) == nullptr)
+    return false;
+  pk_tensor scale_tensor{scale, PK_F32, 0, {}}, skipped_tensor{skipped, PK_I64, 0, {}};
+  return session.read_state(kScaleState, &scale_tensor) == PK_OK &&
+         session.read_state(kSkippedState, &skipped_tensor) == PK_OK;
+}
+
 void Model::describe(JsonObject* report) const {
   const pk_memory memory = session.memory();
   report->add("threads", int64_t{threads})

@@ -431,6 +431,10 @@ Status Trainer::report() const {
   report.add("best_validation_loss", cursor_.best_epoch == 0 ? NAN : cursor_.best_loss);
   report.add("saves", plan_.saves()).add("written_bytes", static_cast<int64_t>(plan_.written_bytes()));
   report.add("deferred_saves", plan_.deferred()).add("failed_saves", failed_saves_);
+  float scale = 0;
+  int64_t skipped = 0;
+  const bool is_dynamic = model_.read_loss_scale(&scale, &skipped);
+  report.add("loss_scale", is_dynamic ? static_cast<double>(scale) : NAN).add("skipped_steps", skipped);
   std::string epochs;
   for (const std::string& epoch : epochs_json_) epochs += (epochs.empty() ? "" : ", ") + epoch;
   report.add_json("epochs", "[" + epochs + "]");
@@ -439,9 +443,16 @@ Status Trainer::report() const {
   return write_report(options_.json, report.text() + "\n");
 }
 
-// What the user cannot see from the epochs: that the run ended before them, and what was written.
+// What the user cannot see from the epochs: that the run ended before them, what was skipped, what was
+// written.
 void Trainer::print_end() const {
   if (options_.quiet) return;
+  float scale = 0;
+  int64_t skipped = 0;
+  if (model_.read_loss_scale(&scale, &skipped)) {
+    std::fprintf(stderr, "loss scale %.10g; %" PRId64 " steps skipped, of which a gradient was not finite\n",
+                 static_cast<double>(scale), skipped);
+  }
   if (std::strcmp(ended_, "patience") == 0) {
     std::fprintf(stderr, "stopped: no epoch since %" PRId64 " had a validation loss below %.4f\n",
                  cursor_.best_epoch, cursor_.best_loss);

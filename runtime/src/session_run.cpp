@@ -188,6 +188,7 @@ Status Session::run_calls(const BoundEntry& entry) {
     touch(bound.end);
     const Status status = observer_ == nullptr ? bound.run(call_of(entry, record)) : run_observed(entry, i);
     if (status == PK_OK) continue;
+    if (status == kEntryEnds) return PK_OK;
     char reason[512];
     std::snprintf(reason, sizeof(reason), "%s",
                   last_error()[0] == '\0' ? pk_status_string(status) : last_error());

@@ -163,6 +163,21 @@ TEST("an op that writes over its own indices is refused") {
   CHECK(load_bytes(directory, writer.bytes()) == PK_BAD_FILE);
 }
 
+TEST("a gate that something else than one bool opens is refused") {
+  TemporaryDirectory directory;
+  for (const DType dtype : {DType::kF32, DType::kU8, DType::kI64}) {
+    ProgramWriter writer = mean_program();
+    const uint32_t flag = writer.transient(dtype, {}), one = writer.transient(DType::kF32, {});
+    writer.entries[0].calls.push_back(writer.call("gate", {flag}, {one}));
+    write_file(directory.path("a.pock"), writer.bytes());
+    Program program;
+    REQUIRE(load_program(directory.path("a.pock").c_str(), &program) == PK_OK);
+    Session session;
+    CHECK(session.create(program, SessionSettings()) == PK_BAD_FILE);
+    CHECK(contains(pk_last_error(), "op `gate`"));
+  }
+}
+
 TEST("an output in the data section is refused") {
   TemporaryDirectory directory;
   ProgramWriter writer = mean_program();

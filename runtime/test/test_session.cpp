@@ -2,6 +2,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "allocation_counter.h"
 #include "check.h"
@@ -200,6 +201,31 @@ TEST("gradient accumulation steps once per group") {
   float sum[4];
   REQUIRE(fixture.read("weight.accumulated", sum, {4}) == PK_OK);
   CHECK(sum[3] == 0.0f);
+}
+
+TEST("a shut gate ends the entry: the loss is there, and what comes behind keeps its state") {
+  ProgramWriter writer = mean_program();
+  const uint32_t finite = writer.transient(DType::kBool, {}), one = writer.transient(DType::kF32, {});
+  std::vector<WrittenCall>& calls = writer.entries[0].calls;
+  const auto sgd = calls.end() - 2;
+  const uint32_t gradient = sgd->inputs[1];
+  calls.insert(sgd, {writer.call("all_finite", {gradient}, {finite}), writer.call("gate", {finite}, {one})});
+  Fixture fixture(writer);
+  REQUIRE(fixture.session != nullptr);
+  const float infinity = std::numeric_limits<float>::infinity();
+  const float bad[8] = {0, 0, infinity, 0, 0, 0, 0, 0}, good[8] = {};
+  float loss = 0, weight[4];
+  int64_t step = -1;
+  pk_tensor step_tensor{&step, PK_I64, 0, {}};
+  REQUIRE(fixture.train(bad, &loss) == PK_OK);
+  CHECK(loss == infinity);
+  REQUIRE(fixture.read("weight", weight, {4}) == PK_OK);
+  REQUIRE(pk_session_read_state(fixture.session, "pockc.step", &step_tensor) == PK_OK);
+  CHECK(weight[0] == 1.0f && weight[2] == 3.0f && step == 0);
+  REQUIRE(fixture.train(good, &loss) == PK_OK);
+  REQUIRE(fixture.read("weight", weight, {4}) == PK_OK);
+  REQUIRE(pk_session_read_state(fixture.session, "pockc.step", &step_tensor) == PK_OK);
+  CHECK(weight[0] == 0.75f && step == 1);
 }
 
 TEST("the pool covers every index once, whatever its size") {

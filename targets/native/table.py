@@ -128,6 +128,9 @@ OPS = frozenset(
         # saved activations
         "pack8",
         "unpack8",
+        # a dynamic loss scale
+        "all_finite",
+        "gate",
         # optimizers
         "sgd",
         "momentum",

@@ -27,6 +27,7 @@ from pockc.ops import complete_attributes
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT / "build" / "test-kernels"
 OK, INVALID_ARGUMENT, NOT_FOUND, BAD_FILE, UNSUPPORTED = 0, 1, 2, 4, 6
+ENTRY_ENDS = 15  # of a gate, and never seen outside of the runtime
 WORKSPACE_BYTES = 1 << 24  # enough for every sample
 
 

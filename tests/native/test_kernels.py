@@ -357,6 +357,12 @@ def test_an_index_in_the_data_that_is_out_of_range_is_refused(
     assert status == kernels.INVALID_ARGUMENT
 
 
+def test_a_gate_that_is_shut_says_so_by_its_status() -> None:
+    operands: list[Array] = [np.array(False), np.ones(3, np.float32)]
+    status, found = kernels.run("gate", "ref", operands, [TensorType(())], {})
+    assert (status, float(found[0])) == (kernels.ENTRY_ENDS, 0)
+
+
 def test_a_pool_index_that_names_no_pixel_is_not_followed() -> None:
     attrs = {"size": (4, 4), "kernel": (2, 2), "stride": (2, 2), "padding": (0, 0, 0, 0)}
     ct, indices = np.ones((1, 2, 2, 1), np.float32), np.full((1, 2, 2, 1), 255, np.uint8)

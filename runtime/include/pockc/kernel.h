@@ -5,7 +5,8 @@
 //   pointers are
 //                                    null then. It must refuse everything that could make `run` touch memory
 //                                    outside its operands: a program file may come from anywhere.
-//   Status run_<op>(const Call&)     every step. May fail only on data (an id out of range).
+//   Status run_<op>(const Call&)     every step. May fail only on data (an id out of range). That of `gate`
+//                                    alone may return kEntryEnds.
 // The `ref` provider has both for every op and needs no workspace. A `simd` kernel adds
 //   bool accepts_<op>(const Call&)   true when it can run this (already checked) call in the workspace that
 //   is given;
@@ -28,6 +29,10 @@ namespace pockc {
 class ThreadPool;
 
 using Status = pk_status;  // PK_OK on success
+
+// What a gate returns where it is shut: the session ends the entry there, and that is a success. Inside the
+// runtime alone; no caller sees it.
+constexpr Status kEntryEnds = static_cast<Status>(15);
 
 // The codes of program files. The first five are those of pk_dtype. The next are frozen weights in fewer
 // bytes (kernels/compact.h), which lie in the file alone: callers of the C interface see them as floats. The

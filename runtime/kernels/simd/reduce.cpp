@@ -1,4 +1,4 @@
-// reduce_sum and reduce_mean over one run of neighbouring axes, and sum_squares.
+// reduce_sum and reduce_mean over one run of neighbouring axes, sum_squares and all_finite.
 //
 // The tensor is [outer, length, inner]. With inner > 1 (bias gradients, spatial means) lanes are columns:
 // rows are added in order within blocks of kBlockRows, block sums in order. With inner == 1 a row is summed
@@ -114,6 +114,18 @@ bool accepts_sum_squares(const Call& call) { return is_f32(call.inputs[0]); }
 Status run_sum_squares(const Call& call) {
   *call.outputs[0].as<float>() = sum_row(call.inputs[0].as<float>(), elements(call.inputs[0]),
                                          [](vf v, vf sum) POCKC_LAMBDA { return fma(v, v, sum); });
+  return PK_OK;
+}
+
+// 0 * v is 0 where v is finite and NaN elsewhere, and a sum with NaN stays NaN.
+bool accepts_all_finite(const Call& call) { return is_f32(call.inputs[0]); }
+Status run_all_finite(const Call& call) {
+  bool finite = true;
+  for (int i = 0; i < call.input_count && finite; ++i) {
+    finite = sum_row(call.inputs[i].as<float>(), elements(call.inputs[i]),
+                     [](vf v, vf sum) POCKC_LAMBDA { return fma(v, splat(0.0f), sum); }) == 0;
+  }
+  *call.outputs[0].as<uint8_t>() = finite ? 1 : 0;
   return PK_OK;
 }
 
