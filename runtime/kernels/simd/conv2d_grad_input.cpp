@@ -83,6 +83,7 @@ Phase::Phase(const Call& call, const Convolution& c, int64_t phase_h, int64_t ph
   first_output = (phase_h * c.width + phase_w) * c.channels;
   g.c.dtype = call.outputs[0].dtype;
   g.c.stride = c.channels * c.stride[1];
+  if (c.stride[0] == 1 && c.stride[1] == 1) return;  // the pixels of the image, one after the other
   g.c.grid_height = p.grid_height, g.c.grid_width = p.grid_width;
   g.c.row_pitch = c.channels * c.width * c.stride[0];
   g.c.image_pitch = c.channels * c.width * c.height;
