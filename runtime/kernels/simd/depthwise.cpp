@@ -292,13 +292,16 @@ void depthwise_forward(const Call& call, const Convolution& c, const Epilogue& e
   with_elements(call.inputs[0].dtype, [&](auto zero) { forward<decltype(zero)>(call, c, epilogue, packed); });
 }
 
-void depthwise_grad_input(const Call& call, const Convolution& c) {
+void depthwise_grad_input(const Call& call, const Convolution& c, const Gate* gate) {
   float* packed = workspace(call);
   repack_weights(c, call.inputs[1], packed);
+  const int64_t row_floats = c.width * c.channels;
   parallel(call, c.batch * c.height, row_grain(c, c.width), [&](int64_t begin, int64_t end, int) {
     with_elements(call.inputs[0].dtype, [&](auto zero) {
-      for (int64_t i = begin; i < end; ++i)
+      for (int64_t i = begin; i < end; ++i) {
         grad_input_row<decltype(zero)>(call, c, packed, i / c.height, i % c.height);
+        if (gate != nullptr) close_gate(*gate, call.outputs[0].as<float>() + i * row_floats, row_floats);
+      }
     });
   });
 }

@@ -182,9 +182,13 @@ void multiply_panel(const Gemm& gemm, const LeftPanel& left, const Block& block,
     if (output_ahead != nullptr) output_ahead->advance();
     kernels[(tile.columns - 1) / W](tile);
   }
-  if (!tile.last || gemm.epilogue.activation <= kClip) return;
-  for (int i = 0; i < rows; ++i)
-    activate(c[i] + n0 - gemm.c.first_column, columns, static_cast<Activation>(gemm.epilogue.activation));
+  if (!tile.last) return;
+  const Epilogue& epilogue = gemm.epilogue;
+  for (int i = 0; i < rows; ++i) {
+    float* row = c[i] + n0 - gemm.c.first_column;
+    if (epilogue.gate != nullptr) close_gate(*epilogue.gate, row, columns);
+    if (epilogue.activation > kClip) activate(row, columns, static_cast<Activation>(epilogue.activation));
+  }
 }
 
 // Rows [row, end) of A from k0 on, or of a transposed A the parts that belong to them.
