@@ -129,7 +129,7 @@ def test_training_steps_give_the_same_bits_with_and_without(tmp_path: Path) -> N
     losses = []
     for disabled in (frozenset[str](), frozenset({"mask-gradients"})):
         options: dict[str, Any] = {"loss": "cross_entropy", "optimizer": SGD(lr=0.5), "entries": ("train_step",)}
-        program = pockc.build(model, {"x": images}, disabled=disabled, **options)
+        program = pockc.build(model, (images,), disabled=disabled, **options)
         assert (MASKED in op_counts(program.entries["train_step"].nodes)) == (not disabled)
         program.save(tmp_path / "model.pock")
         with pockc.Session(tmp_path / "model.pock") as session:

@@ -42,13 +42,34 @@ POCKC_INLINE uint32_t bits_from(const uint8_t* mask, int64_t element, int64_t co
   return bits >> (element % 8);
 }
 
+// `count` elements of x, whose first one has the bit `first`.
+POCKC_INLINE void close_by_bits(const uint8_t* mask, int64_t first, float* x, int64_t count) {
+  int64_t i = 0;
+  if (first % 8 == 0) {
+    for (; i + 16 <= count; i += 16) {
+      const uint8_t* bytes = mask + (first + i) / 8;
+      const uint32_t bits = bytes[0] | static_cast<uint32_t>(bytes[1]) << 8;
+      POCKC_UNROLL
+      for (int j = 0; j < 16; j += W) store(x + i + j, select(lanes_of_bits(bits, j), load(x + i + j), vf{}));
+    }
+  }
+  for_vectors(i, count, [&](int64_t at, int64_t valid) POCKC_LAMBDA {
+    const vi passes = lanes_of_bits(bits_from(mask, first + at, valid));
+    store_n(x + at, select(passes, load_n(x + at, valid), vf{}), valid);
+  });
+}
+
 // `count` elements of the gradient, from x on: those that do not pass become zero.
-inline void close_gate(const Gate& gate, float* x, int64_t count) {
+inline void close_gate(const Gate& shared, float* x, int64_t count) {
+  const Gate gate = shared;  // what it holds stays in registers: a float that is written could be its bounds
   const int64_t first = x - gate.gradient;
+  if (gate.values == nullptr) {
+    close_by_bits(gate.bits, first, x, count);
+    return;
+  }
+  const float* values = gate.values + first;
   for_vectors(0, count, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
-    const vi passes = gate.values != nullptr ? in_range(load_n(gate.values + first + i, valid), gate)
-                                             : lanes_of_bits(bits_from(gate.bits, first + i, valid));
-    store_n(x + i, select(passes, load_n(x + i, valid), vf{}), valid);
+    store_n(x + i, select(in_range(load_n(values + i, valid), gate), load_n(x + i, valid), vf{}), valid);
   });
 }
 
