@@ -383,6 +383,8 @@ def _masked_samples() -> Iterator[Sample]:
         bounds: dict[str, Any] = {"low": -1.0, "high": 1.0, "inclusive": count % 2 == 0}
         yield Sample((*sample.inputs, x), {**sample.attrs, **bounds}, _torch_masked(sample, **bounds))
         yield Sample((*sample.inputs, gate), sample.attrs)
+    wide = bits.integers(0, 256, mask_type(6 * 6 * 40).shape).astype(np.uint8)  # rows of whole vectors
+    yield Sample((f32(1, 6, 6, 5), f32(5, 1, 1, 40), wide), {"size": (6, 6)})
 
 
 # The gradient with respect to x, where x is what an activation made: zero where x was not inside its range, which the

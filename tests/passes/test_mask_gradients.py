@@ -20,7 +20,7 @@ from pockc.recipe import Recipe
 
 RECIPE = Recipe(trained={}, optimizer=SGD(lr=0.1))
 MASKED = mask_gradients.MASKED
-BOUNDS = {"low": 0.0, "high": 1.0}
+BOUNDS: dict[str, Any] = {"low": 0.0, "high": 1.0}
 
 
 class Step:
@@ -41,7 +41,7 @@ class Step:
     def gradient(self) -> Value:
         return self.builder("conv2d_grad_input", self.ct, self.weight, size=self.x.type.shape[1:3])
 
-    def finish(self, gradient: Value, mask: Value, *others: Value, **attrs: float) -> Graph:
+    def finish(self, gradient: Value, mask: Value, *others: Value, **attrs: Any) -> Graph:
         dx = self.builder("apply_mask", gradient, mask, **attrs)
         return self.builder.build({"dx": dx, **{f"other_{i}": value for i, value in enumerate(others)}})
 
