@@ -84,7 +84,7 @@ def _conv2d_winograd(node: Node) -> int:
 
 
 def _conv2d_grad_input(node: Node) -> int:
-    ct, weight = (value.type for value in node.inputs)
+    ct, weight = (value.type for value in node.inputs[:2])
     return ct.elements * (weight.elements // weight.shape[0])
 
 
@@ -113,6 +113,7 @@ _PRODUCTS: dict[str, Callable[[Node], int]] = {
     "conv2d": _conv2d,
     "conv2d_int8": _conv2d_int8,
     "conv2d_grad_input": _conv2d_grad_input,
+    "conv2d_grad_input_masked": _conv2d_grad_input,
     "conv2d_grad_weight": _conv2d_grad_weight,
     "conv2d_winograd": _conv2d_winograd,
     "attention": _attention,

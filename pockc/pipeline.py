@@ -26,6 +26,7 @@ from pockc.passes import (
     fold_batchnorm,
     fuse,
     layout,
+    mask_gradients,
     mixed_precision,
     place,
     quantize_frozen,
@@ -117,6 +118,7 @@ LOWER: tuple[Pass, ...] = (
     Pass("split-prefix", split_prefix.run, "lowered", optional=True),  # after the last pass that adds readers
     Pass("reorder", reorder.run, "lowered", reducible=True),
     Pass("place", place.run, "lowered", reducible=True),  # asks what memory the order leaves for scratch
+    Pass("mask-gradients", mask_gradients.run, "lowered", optional=True),  # of the kernels that were chosen, in place
 )
 
 # For ONNX Runtime, which orders nodes, fuses elementwise chains and plans memory by itself. Unsupported nodes are

@@ -1,4 +1,4 @@
-"""Two-dimensional convolution and its two gradients: activations NHWC, weights OHWI with I = C / groups.
+"""Two-dimensional convolution and its gradients: activations NHWC, weights OHWI with I = C / groups.
 
 Written as a sum over the taps of the kernel: tap (i, j) sees the padded input shifted by (i, j) times the dilation and
 strided, a tensor of the output's height and width. The gradients are the transposes of that, tap by tap.
@@ -25,7 +25,9 @@ from pockc.ops.common import (
     require_dtype,
     require_type,
     require_weight,
+    unpack_bits,
 )
+from pockc.ops.masks import in_range, mask_type
 
 Pair = tuple[int, int]
 Padding = tuple[int, int, int, int]  # top, bottom, left, right
@@ -268,6 +270,34 @@ def _conv2d_grad_input(
     return cropped(gradient, padding)
 
 
+def _masked_rule(
+    ct: TensorType,
+    w: TensorType,
+    gate: TensorType,
+    *,
+    size: Pair,
+    stride: Pair = (1, 1),
+    padding: Padding = (0, 0, 0, 0),
+    dilation: Pair = (1, 1),
+    groups: int = 1,
+    low: float = 0.0,
+    high: float = 0.0,
+    inclusive: bool = False,
+) -> TensorType:
+    x = _conv2d_grad_input_rule(ct, w, size=size, stride=stride, padding=padding, dilation=dilation, groups=groups)
+    require(low <= high, f"the lower bound {low} is above the upper bound {high}")
+    require_type("the gate", gate, mask_type(x.elements) if gate.dtype == "u8" else x)
+    return x
+
+
+def _masked(
+    ct: Array, w: Array, gate: Array, *, low: float = 0.0, high: float = 0.0, inclusive: bool = False, **window: Any
+) -> Array:
+    gradient = _conv2d_grad_input(ct, w, **window)
+    passes = unpack_bits(gate, gradient.shape) if gate.dtype == np.uint8 else in_range(gate, low, high, inclusive)
+    return np.where(passes, gradient, np.zeros_like(gradient))
+
+
 def _conv2d_grad_weight_rule(
     x: TensorType,
     ct: TensorType,
@@ -331,6 +361,39 @@ define(
     type_rule=_conv2d_grad_input_rule,
     reference=_conv2d_grad_input,
     samples=_grad_samples(input_gradient=True),
+    weight=1,
+)
+
+
+def _torch_masked(sample: Sample, *, low: float, high: float, inclusive: bool) -> Any:
+    def run(torch: Any, ct: Any, w: Any, gate: Any) -> Any:
+        assert sample.torch is not None
+        inside = (gate >= low) & (gate <= high) if inclusive else (gate > low) & (gate < high)
+        return torch.where(inside, sample.torch(torch, ct, w), 0.0)
+
+    return run
+
+
+def _masked_samples() -> Iterator[Sample]:
+    """The gate as x, and as bits."""
+    bits = np.random.default_rng(0)
+    for count, sample in enumerate(_grad_samples(input_gradient=True)):
+        x = _conv2d_grad_input_rule(*sample.inputs, **sample.attrs)
+        gate = bits.integers(0, 256, mask_type(x.elements).shape).astype(np.uint8)
+        bounds: dict[str, Any] = {"low": -1.0, "high": 1.0, "inclusive": count % 2 == 0}
+        yield Sample((*sample.inputs, x), {**sample.attrs, **bounds}, _torch_masked(sample, **bounds))
+        yield Sample((*sample.inputs, gate), sample.attrs)
+    wide = bits.integers(0, 256, mask_type(6 * 6 * 40).shape).astype(np.uint8)  # rows of whole vectors
+    yield Sample((f32(1, 6, 6, 5), f32(5, 1, 1, 40), wide), {"size": (6, 6)})
+
+
+# The gradient with respect to x, where x is what an activation made: zero where x was not inside its range, which the
+# gate tells, x itself or a bit for each of its elements.
+define(
+    "conv2d_grad_input_masked",
+    type_rule=_masked_rule,
+    reference=_masked,
+    samples=[*_masked_samples()],
     weight=1,
 )
 define(

@@ -22,10 +22,15 @@ def _range_mask_rule(x: TensorType, *, low: float, high: float, inclusive: bool 
     return mask_type(x.elements)
 
 
-def _range_mask(x: Array, *, low: float, high: float, inclusive: bool = False) -> Array:
+def in_range(x: Array, low: float, high: float, inclusive: bool) -> Array:
+    """Where x lies between the bounds; an infinite one always holds."""
     above = x >= low if inclusive or low == -math.inf else x > low
     below = x <= high if inclusive or high == math.inf else x < high
-    return pack_bits(above & below)
+    return above & below
+
+
+def _range_mask(x: Array, *, low: float, high: float, inclusive: bool = False) -> Array:
+    return pack_bits(in_range(x, low, high, inclusive))
 
 
 define(

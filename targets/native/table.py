@@ -79,6 +79,7 @@ OPS = frozenset(
         # convolution
         "conv2d",
         "conv2d_grad_input",
+        "conv2d_grad_input_masked",
         "conv2d_grad_weight",
         "conv2d_winograd",
         # pooling

@@ -224,6 +224,7 @@ _RULES: dict[str, Callable[[Types, Types, Attributes, int], int]] = {
     "matmul": _matmul,
     "conv2d": _conv2d,
     "conv2d_grad_input": _conv2d_grad_input,
+    "conv2d_grad_input_masked": _conv2d_grad_input,
     "conv2d_grad_weight": _conv2d_grad_weight,
     "conv2d_winograd": _conv2d_winograd,
     "layer_norm_grad_gamma": _sums_of_units,

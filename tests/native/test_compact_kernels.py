@@ -53,6 +53,12 @@ CASES: list[tuple[str, Shapes, Mapping[str, Any]]] = [
     ("conv2d_grad_input", ((2, 5, 5, 6), (6, 3, 3, 6)), {"size": (5, 5), "groups": 2, "padding": (1, 1, 1, 1)}),
     ("conv2d_grad_input", ((1, 4, 4, 64), (64, 2, 2, 32)), {"size": (8, 8), "stride": (2, 2)}),
     ("conv2d_grad_input", ((1, 7, 7, 24), (24, 3, 3, 1)), {"size": (9, 9), "groups": 24}),
+    ("conv2d_grad_input_masked", ((1, 6, 6, 36), (36, 1, 1, 40), (1, 6, 6, 40)), {"size": (6, 6), "high": 1.0}),
+    (
+        "conv2d_grad_input_masked",
+        ((1, 4, 4, 24), (24, 3, 3, 1), (1, 9, 9, 24)),
+        {"size": (9, 9), "groups": 24, "stride": (2, 2), "low": -0.5, "high": 1.0, "inclusive": True},
+    ),
     ("conv2d_winograd", ((2, 7, 6, 35), (6, 3, 3, 35), (6,)), {"outputs": 2, "padding": (1, 1, 1, 1)}),
     ("conv2d_winograd", ((1, 9, 9, 24), (40, 3, 3, 24), (40,)), {"outputs": 4, "activation": "silu"}),
     ("conv2d_winograd", ((2, 5, 5, 36), (36, 3, 3, 70)), {"outputs": 4, "padding": (1, 1, 1, 1), "transposed": True}),

@@ -41,6 +41,7 @@ LARGER: list[tuple[str, Shapes, Mapping[str, Any]]] = [
     ("conv2d_grad_input", ((1, 8, 8, 64), (64, 1, 1, 48)), {"size": (15, 15), "stride": (2, 2)}),
     ("conv2d_grad_input", ((2, 12, 8, 64), (64, 3, 5, 48)), {"size": (25, 16), "dilation": (1, 2), "stride": (2, 1)}),
     ("conv2d_grad_input", ((1, 7, 7, 24), (24, 3, 3, 1)), {"size": (9, 9), "groups": 24}),
+    ("conv2d_grad_input_masked", ((1, 4, 4, 160), (160, 1, 1, 576), (1, 4, 4, 576)), {"size": (4, 4), "high": 1.0}),
     ("conv2d_grad_weight", ((2, 20, 20, 50), (2, 18, 18, 33)), {"kernel": (3, 3)}),
     ("conv2d_grad_weight", ((1, 9, 9, 50), (1, 9, 9, 390)), {"kernel": (1, 1)}),
     ("conv2d_grad_weight", ((1, 9, 9, 24), (1, 7, 7, 24)), {"kernel": (3, 3), "groups": 24}),

@@ -1,5 +1,9 @@
 // conv2d_grad_input(ct, w; size, stride, padding, dilation, groups) -> [N, H, W, C]
+// conv2d_grad_input_masked(ct, w, gate; size, ..., groups, low, high, inclusive): zero where the gate is a
+//   mask whose bit is not set, or floats that are not in range, both as in masks.cpp
 // Each ct[pixel, o] sends w[o, tap] * ct to the pixel of x that its tap had read. w may be compact.
+#include <cmath>
+
 #include "conv.h"
 
 namespace pockc::ref {
@@ -24,6 +28,19 @@ void scatter_tap(const Conv& conv, const float* ct, const float* w, float* x) {
   }
 }
 
+struct Range {
+  float low = 0, high = 0;
+  bool inclusive = false;
+
+  explicit Range(Attributes& attributes)
+      : low(attributes.number_f32()), high(attributes.number_f32()), inclusive(attributes.boolean()) {}
+  bool holds(float x) const {
+    const bool above = low == -INFINITY || (inclusive ? x >= low : x > low);
+    const bool below = high == INFINITY || (inclusive ? x <= high : x < high);
+    return above && below;
+  }
+};
+
 // The same with compact weights.
 void scatter_compact_tap(const Conv& conv, const float* ct, const CompactRows& w, int64_t tap, float* x) {
   const int64_t depth = conv.group_channels();
@@ -34,21 +51,9 @@ void scatter_compact_tap(const Conv& conv, const float* ct, const CompactRows& w
   }
 }
 
-}  // namespace
+bool has_size(const Tensor& x, const Tuple& size) { return x.dims[1] == size[0] && x.dims[2] == size[1]; }
 
-Status check_conv2d_grad_input(const Call& call) {
-  if (!has_operands(call, 2, 2, 1, 1) || !all_f32(call, 1)) return PK_BAD_FILE;
-  const Tensor &ct = call.inputs[0], &w = call.inputs[1], &x = call.outputs[0];
-  if (!all_rank_4(x, w, ct)) return PK_BAD_FILE;
-  Attributes attributes(call);
-  Conv conv;
-  const Tuple size = read(call, attributes, conv);
-  return verdict(attributes.valid() && x.dims[1] == size[0] && x.dims[2] == size[1] &&
-                 fits_conv(x, w, ct, conv));
-}
-
-Status run_conv2d_grad_input(const Call& call) {
-  Attributes attributes(call);
+void run(const Call& call, Attributes& attributes) {
   Conv conv;
   read(call, attributes, conv);
   const float* ct = call.inputs[0].as<float>();
@@ -65,6 +70,52 @@ Status run_conv2d_grad_input(const Call& call) {
       scatter_tap(conv, ct + y_pixel * conv.out_channels, w + tap * conv.group_channels(),
                   x + x_pixel * conv.channels);
     });
+  }
+}
+
+}  // namespace
+
+Status check_conv2d_grad_input(const Call& call) {
+  if (!has_operands(call, 2, 2, 1, 1) || !all_f32(call, 1)) return PK_BAD_FILE;
+  const Tensor &ct = call.inputs[0], &w = call.inputs[1], &x = call.outputs[0];
+  if (!all_rank_4(x, w, ct)) return PK_BAD_FILE;
+  Attributes attributes(call);
+  Conv conv;
+  const Tuple size = read(call, attributes, conv);
+  return verdict(attributes.valid() && has_size(x, size) && fits_conv(x, w, ct, conv));
+}
+
+Status check_conv2d_grad_input_masked(const Call& call) {
+  if (!has_operands(call, 3, 3, 1, 1)) return PK_BAD_FILE;
+  const Tensor &ct = call.inputs[0], &w = call.inputs[1], &gate = call.inputs[2], &x = call.outputs[0];
+  if (!is_f32(ct) || !is_weight(w) || !is_f32(x) || !all_rank_4(x, w, ct)) return PK_BAD_FILE;
+  const bool bits = gate.dtype == DType::kU8 && has_shape(gate, {(x.elements() + 7) / 8});
+  if (!bits && !same_type(gate, x)) return PK_BAD_FILE;
+  Attributes attributes(call);
+  Conv conv;
+  const Tuple size = read(call, attributes, conv);
+  const Range range(attributes);
+  return verdict(attributes.valid() && has_size(x, size) && fits_conv(x, w, ct, conv));
+}
+
+Status run_conv2d_grad_input(const Call& call) {
+  Attributes attributes(call);
+  run(call, attributes);
+  return PK_OK;
+}
+
+Status run_conv2d_grad_input_masked(const Call& call) {
+  Attributes attributes(call);
+  run(call, attributes);
+  const Range range(attributes);
+  const Tensor& gate = call.inputs[2];
+  const bool bits = gate.dtype == DType::kU8;
+  float* x = call.outputs[0].as<float>();
+  const int64_t elements = call.outputs[0].elements();
+  for (int64_t i = 0; i < elements; ++i) {
+    const bool passes =
+        bits ? (gate.as<uint8_t>()[i / 8] >> (i % 8) & 1) != 0 : range.holds(gate.as<float>()[i]);
+    if (!passes) x[i] = 0.0f;
   }
   return PK_OK;
 }

@@ -4,13 +4,15 @@
 // ordinary implicit GEMM over the patches of ct, k = (its taps, out channel), and no multiplication by an
 // inserted zero is ever done. Workspace: the most gemm_scratch floats of any phase (depthwise: see
 // convolution.h).
+//
+// conv2d_grad_input_masked: the same, and each row of results is gated while it is in the cache.
 #include "simd/convolution.h"
 
 namespace pockc {
 namespace POCKC_SIMD_NAMESPACE {
 namespace {
 
-Convolution describe(const Call& call) {
+Convolution describe(const Call& call, Gate* gate = nullptr) {
   Convolution c;
   c.set_y(call.inputs[0]);
   c.set_kernel(call.inputs[1]);
@@ -19,6 +21,7 @@ Convolution describe(const Call& call) {
   int64_t size[2];
   attributes.tuple(size, 2);
   c.read_attributes(&attributes);
+  if (gate != nullptr) gate->read_attributes(&attributes);
   return c;
 }
 
@@ -83,6 +86,7 @@ Phase::Phase(const Call& call, const Convolution& c, int64_t phase_h, int64_t ph
   first_output = (phase_h * c.width + phase_w) * c.channels;
   g.c.dtype = call.outputs[0].dtype;
   g.c.stride = c.channels * c.stride[1];
+  if (c.stride[0] == 1 && c.stride[1] == 1) return;  // the pixels of the image, one after the other
   g.c.grid_height = p.grid_height, g.c.grid_width = p.grid_width;
   g.c.row_pitch = c.channels * c.width * c.stride[0];
   g.c.image_pitch = c.channels * c.width * c.height;
@@ -98,8 +102,9 @@ void for_phases(const Call& call, const Convolution& c, Body&& body) {
   }
 }
 
-void run_phase(const Call& call, const Convolution& c, Phase& phase) {
+void run_phase(const Call& call, const Convolution& c, const Gate* gate, Phase& phase) {
   Gemm& g = phase.gemm;
+  g.epilogue.gate = gate;
   const Tensor &ct = call.inputs[0], &dx = call.outputs[0];
   phase.patches.end = element(ct, elements(ct));
   for (int64_t group = 0; group < c.groups; ++group) {
@@ -112,6 +117,17 @@ void run_phase(const Call& call, const Convolution& c, Phase& phase) {
       gemm_parallel(call, g, workspace(call));
     }
   }
+}
+
+Status run(const Call& call, const Convolution& c, const Gate* gate) {
+  if constexpr (!kHalfProducts) {
+    if (c.depthwise()) {
+      depthwise_grad_input(call, c, gate);
+      return PK_OK;
+    }
+  }
+  for_phases(call, c, [&](Phase& phase) { run_phase(call, c, gate, phase); });
+  return PK_OK;
 }
 
 }  // namespace
@@ -129,16 +145,20 @@ bool accepts_conv2d_grad_input(const Call& call) {
   return has_workspace(call, 0, most);
 }
 
-Status run_conv2d_grad_input(const Call& call) {
-  const Convolution c = describe(call);
-  if constexpr (!kHalfProducts) {
-    if (c.depthwise()) {
-      depthwise_grad_input(call, c);
-      return PK_OK;
-    }
+Status run_conv2d_grad_input(const Call& call) { return run(call, describe(call), nullptr); }
+
+bool accepts_conv2d_grad_input_masked(const Call& call) { return accepts_conv2d_grad_input(call); }
+
+Status run_conv2d_grad_input_masked(const Call& call) {
+  Gate gate;
+  const Convolution c = describe(call, &gate);
+  gate.gradient = call.outputs[0].as<float>();
+  if (is_f32(call.inputs[2])) {
+    gate.values = call.inputs[2].as<float>();
+  } else {
+    gate.bits = call.inputs[2].as<uint8_t>();
   }
-  for_phases(call, c, [&](Phase& phase) { run_phase(call, c, phase); });
-  return PK_OK;
+  return run(call, c, &gate);
 }
 
 }  // namespace POCKC_SIMD_NAMESPACE

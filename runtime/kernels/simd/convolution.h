@@ -88,7 +88,7 @@ inline void set_weight(const Tensor& w, int64_t first, int64_t stride, RightMatr
 constexpr int64_t kDepthwiseUnits = 4;
 int64_t depthwise_floats(const Convolution& c);
 void depthwise_forward(const Call& call, const Convolution& c, const Epilogue& epilogue);
-void depthwise_grad_input(const Call& call, const Convolution& c);
+void depthwise_grad_input(const Call& call, const Convolution& c, const Gate* gate);
 void depthwise_grad_weight(const Call& call, const Convolution& c);
 
 }  // namespace POCKC_SIMD_NAMESPACE

@@ -6,16 +6,23 @@
 // neighbouring outputs are computed at once, so that an input vector is loaded once for all the taps that use
 // it. Weights are first laid out as [tap][channel] in the workspace. Every output is one chain of fma over
 // its taps.
+//
+// A tile goes along the channels of many pixels at once, an order that the hardware does not foresee. So what
+// the tile to the right will touch for the first time is asked of the memory meanwhile, in the order in which
+// it lies there.
 #include "simd/convolution.h"
 
 namespace pockc {
 namespace POCKC_SIMD_NAMESPACE {
 namespace {
 
+constexpr int64_t kLineBytes = 64;
+
 // Of images of T.
 template <typename T>
 struct Row {
-  int rows = 0;  // input rows that exist, with their weights
+  int rows = 0;   // input rows that exist, with their weights
+  int fresh = 1;  // the last of these, which no output row above has read
   const T* x[kMaxTaps];
   const float* w[kMaxTaps];
   int taps = 0;
@@ -56,6 +63,19 @@ void single_output(const Row<T>& row, int64_t i) {
   });
 }
 
+// The next `Count` elements.
+template <int64_t Count, typename T>
+POCKC_INLINE void ask(const T* from, bool to_write) {
+  POCKC_UNROLL
+  for (int64_t i = 0; i < Count; i += kLineBytes / static_cast<int64_t>(sizeof(T))) {
+    if (to_write) {
+      __builtin_prefetch(from + i, 1);
+    } else {
+      __builtin_prefetch(from + i);
+    }
+  }
+}
+
 // Outputs [i, i + Tile) of at least one whole vector of channels: the last vector may overlap the one before
 // it, and writes the same sums again. Where Edge is set, inputs outside of the image count as zero and
 // outputs past the end of the row are not stored.
@@ -68,7 +88,15 @@ POCKC_INLINE void tile_outputs(const Row<T>& row, int64_t i) {
   bool inside[kInputs];
   for (int j = 0; j < kInputs; ++j) inside[j] = !Edge || (first + j >= 0 && first + j < row.width);
   const int64_t stored = Edge ? minimum<int64_t>(Tile, row.count - i) : Tile;
+  const int64_t next_input = (first + kInputs) * channels;
+  const T* next_output = row.out + (i + Tile) * row.out_step;
   for (int64_t begin = 0; begin < channels; begin += W) {
+    for (int r = rows - row.fresh; r < rows; ++r) {
+      ask<Tile * Step * W>(row.x[r] + next_input + begin * Tile * Step, false);
+    }
+    for (int64_t pixel = 0; pixel < row.out_step; pixel += channels, next_output += Tile * W) {
+      ask<Tile * W>(next_output, true);
+    }
     const int64_t c = minimum<int64_t>(begin, channels - W);
     vf sum[Tile];
     POCKC_UNROLL
@@ -76,14 +104,18 @@ POCKC_INLINE void tile_outputs(const Row<T>& row, int64_t i) {
     for (int r = 0; r < rows; ++r) {
       const T* from = row.x[r] + first * channels + c;
       const float* w = row.w[r] + weight_start + c;
-      vf x[kInputs];
+      vf weight[Taps];
       POCKC_UNROLL
-      for (int j = 0; j < kInputs; ++j) x[j] = !Edge || inside[j] ? load(from + j * channels) : vf{};
+      for (int s = 0; s < Taps; ++s) weight[s] = load(w + s * weight_step);
       POCKC_UNROLL
-      for (int s = 0; s < Taps; ++s) {
-        const vf weight = load(w + s * weight_step);
+      for (int j = 0; j < kInputs; ++j) {
+        const vf x = !Edge || inside[j] ? load(from + j * channels) : vf{};
+        // Of output t this is tap j - t * Step, which ascends with j.
         POCKC_UNROLL
-        for (int t = 0; t < Tile; ++t) sum[t] = fma(x[t * Step + s], weight, sum[t]);
+        for (int t = 0; t < Tile; ++t) {
+          const int s = j - t * Step;
+          if (s >= 0 && s < Taps) sum[t] = fma(x, weight[s], sum[t]);
+        }
       }
     }
     POCKC_UNROLL
@@ -188,6 +220,7 @@ void grad_input_row(const Call& call, const Convolution& c, const float* packed,
     row.x[row.rows] = ct + (n * c.out_height + shifted / c.stride[0]) * c.out_width * c.channels;
     row.w[row.rows++] = packed + r * c.kernel_w * c.channels;
   }
+  row.fresh = minimum(row.rows, 1);
   row.width = c.out_width;
   row.channels = c.channels;
   row.out_step = c.channels * c.stride[1];
@@ -236,6 +269,7 @@ void forward(const Call& call, const Convolution& c, const Epilogue& epilogue, c
         row.x[row.rows] = x + (n * c.height + y) * c.width * c.channels;
         row.w[row.rows++] = packed + r * c.kernel_w * c.channels;
       }
+      row.fresh = static_cast<int>(minimum<int64_t>(row.rows, c.stride[0]));
       row.out = call.outputs[0].as<T>() + i * row_floats;
       run_row(row);
       if constexpr (std::is_same_v<T, float>) {  // halves are not accepted with these: they would be rounded
@@ -258,13 +292,16 @@ void depthwise_forward(const Call& call, const Convolution& c, const Epilogue& e
   with_elements(call.inputs[0].dtype, [&](auto zero) { forward<decltype(zero)>(call, c, epilogue, packed); });
 }
 
-void depthwise_grad_input(const Call& call, const Convolution& c) {
+void depthwise_grad_input(const Call& call, const Convolution& c, const Gate* gate) {
   float* packed = workspace(call);
   repack_weights(c, call.inputs[1], packed);
+  const int64_t row_floats = c.width * c.channels;
   parallel(call, c.batch * c.height, row_grain(c, c.width), [&](int64_t begin, int64_t end, int) {
     with_elements(call.inputs[0].dtype, [&](auto zero) {
-      for (int64_t i = begin; i < end; ++i)
+      for (int64_t i = begin; i < end; ++i) {
         grad_input_row<decltype(zero)>(call, c, packed, i / c.height, i % c.height);
+        if (gate != nullptr) close_gate(*gate, call.outputs[0].as<float>() + i * row_floats, row_floats);
+      }
     });
   });
 }

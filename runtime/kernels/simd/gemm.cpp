@@ -124,7 +124,8 @@ void prepare_right(const Gemm& gemm, int64_t k0, int64_t depth, int64_t n0, int6
   }
 }
 
-constexpr int64_t kAheadColumns = 192;  // kDepth x as many floats are 192 KiB
+constexpr int64_t kLargeFloats = 512 * 1024;  // of a matrix that no second-level cache holds
+constexpr int64_t kAheadColumns = 192;        // kDepth x as many floats are 192 KiB
 
 // Lines of A or B that are asked of the memory before they are used, a few per tile of what comes before
 // them: that takes as long as many misses, and pieces of memory are too short for the hardware to run ahead.
@@ -157,7 +158,7 @@ struct Ahead {
 
 void multiply_panel(const Gemm& gemm, const LeftPanel& left, const Block& block, int64_t m0, int rows,
                     int64_t k0, int64_t depth, int64_t n0, int64_t columns, Ahead* left_ahead,
-                    Ahead* right_ahead) {
+                    Ahead* right_ahead, Ahead* output_ahead) {
   float* c[kMaxRows];
   for (int i = 0; i < rows; ++i) c[i] = output_row(gemm.c, m0 + i);
   const auto& kernels =
@@ -178,11 +179,16 @@ void multiply_panel(const Gemm& gemm, const LeftPanel& left, const Block& block,
     tile.columns = minimum<int64_t>(columns - n, kTileColumns);
     if (left_ahead != nullptr) left_ahead->advance();
     if (right_ahead != nullptr) right_ahead->advance();
+    if (output_ahead != nullptr) output_ahead->advance();
     kernels[(tile.columns - 1) / W](tile);
   }
-  if (!tile.last || gemm.epilogue.activation <= kClip) return;
-  for (int i = 0; i < rows; ++i)
-    activate(c[i] + n0 - gemm.c.first_column, columns, static_cast<Activation>(gemm.epilogue.activation));
+  if (!tile.last) return;
+  const Epilogue& epilogue = gemm.epilogue;
+  for (int i = 0; i < rows; ++i) {
+    float* row = c[i] + n0 - gemm.c.first_column;
+    if (epilogue.gate != nullptr) close_gate(*epilogue.gate, row, columns);
+    if (epilogue.activation > kClip) activate(row, columns, static_cast<Activation>(epilogue.activation));
+  }
 }
 
 // Rows [row, end) of A from k0 on, or of a transposed A the parts that belong to them.
@@ -200,14 +206,38 @@ bool has_next_right(const Gemm& gemm, int64_t k, int64_t columns) {
   return plain && !b.transposed && k < gemm.k && columns <= kAheadColumns;
 }
 
+// Whether A comes from the memory, as far as its size tells.
+bool has_large_left(const Gemm& gemm) {
+  return (gemm.a.transposed ? gemm.k : gemm.m) * gemm.a.stride >= kLargeFloats;
+}
+
+// Whether C goes to the memory, in rows whose sums are too short for the microkernel to ask for their lines.
+bool asks_for_output(const Gemm& gemm, int64_t depth, int64_t tiles) {
+  return gemm.m * gemm.n >= kLargeFloats && gemm.c.grid_width == 0 && depth < kPrefetchDepth &&
+         tiles >= Ahead::kLeastTiles;
+}
+
+// The part of C that belongs to a panel.
+Ahead ahead_of_output(const Gemm& gemm, const RowSplit& split, int64_t panel, int64_t n0, int64_t columns,
+                      int64_t tiles) {
+  const int64_t row = split.begin(panel);
+  const float* data = output_row(gemm.c, row) + n0 - gemm.c.first_column;
+  return {data, gemm.c.stride, columns, split.begin(panel + 1) - row, tiles};
+}
+
 // All panels of A with one block of B.
 void multiply_block(const Gemm& gemm, const RowSplit& split, int64_t k0, int64_t depth, int64_t n0,
                     int64_t columns, const Block& block, int64_t copied_rows, Element* scratch) {
   const int64_t tiles = divide_up(columns, kTileColumns);
   // Panels of A that are copied before they are used; 0: see prepare_left.
   const int64_t together = is_transposed_copied(gemm.a, columns) ? copied_rows / kPanelWidth : 0;
-  const bool asks = tiles >= Ahead::kLeastTiles && depth >= kPrefetchDepth && gemm.a.patches == nullptr &&
-                    !is_half(gemm.a.dtype);
+  const bool in_place = gemm.a.patches == nullptr && !is_half(gemm.a.dtype);
+  // A transposed A that is read where it lies: its next block in depth. Otherwise the next panels, which lie
+  // one behind the other where it is row-major, so that few tiles suffice to ask for them.
+  const bool deep = in_place && gemm.a.transposed && together == 0 && has_large_left(gemm);
+  const bool few = !gemm.a.transposed && has_large_left(gemm);
+  const bool asks = in_place && !deep && depth >= kPrefetchDepth && (few || tiles >= Ahead::kLeastTiles);
+  const bool asks_output = asks_for_output(gemm, depth, tiles);
   Ahead right_ahead;
   if (tiles >= Ahead::kLeastTiles && has_next_right(gemm, k0 + depth, columns)) {
     const RightMatrix& b = gemm.b;
@@ -217,6 +247,10 @@ void multiply_block(const Gemm& gemm, const RowSplit& split, int64_t k0, int64_t
   Ahead* right_pointer = right_ahead.pieces > 0 ? &right_ahead : nullptr;
   const int64_t group = maximum<int64_t>(1, together);
   Ahead left_ahead;
+  if (deep && k0 + depth < gemm.k) {
+    left_ahead = ahead_of_left(gemm.a, split.m0, split.m1, k0 + depth, minimum(kDepth, gemm.k - k0 - depth),
+                               split.panels * tiles);
+  }
   for (int64_t p = 0; p < split.panels; ++p) {
     const int64_t row = split.begin(p), place = p % group;
     if (place == 0) {
@@ -226,7 +260,7 @@ void multiply_block(const Gemm& gemm, const RowSplit& split, int64_t k0, int64_t
           copy_transposed<decltype(zero)>(gemm, split, p, next, k0, depth, scratch);
         });
       }
-      left_ahead = Ahead();
+      if (!deep) left_ahead = Ahead();
       if (asks && next < after) {
         left_ahead =
             ahead_of_left(gemm.a, split.begin(next), split.begin(after), k0, depth, tiles * (next - p));
@@ -235,8 +269,12 @@ void multiply_block(const Gemm& gemm, const RowSplit& split, int64_t k0, int64_t
     const int rows = static_cast<int>(split.begin(p + 1) - row);
     const LeftPanel left = together > 0 ? LeftPanel{scratch + place * panel_pitch(depth), kPanelWidth, false}
                                         : prepare_left(gemm, row, rows, k0, depth, scratch);
+    Ahead output_ahead;
+    if (asks_output && p + 1 < split.panels)
+      output_ahead = ahead_of_output(gemm, split, p + 1, n0, columns, tiles);
     multiply_panel(gemm, left, block, row, rows, k0, depth, n0, columns,
-                   left_ahead.pieces > 0 ? &left_ahead : nullptr, right_pointer);
+                   left_ahead.pieces > 0 ? &left_ahead : nullptr, right_pointer,
+                   output_ahead.pieces > 0 ? &output_ahead : nullptr);
   }
 }
 

@@ -28,7 +28,7 @@
 #ifndef POCKC_SIMD_GEMM_H_
 #define POCKC_SIMD_GEMM_H_
 
-#include "simd/math.h"
+#include "simd/gate.h"
 #include "simd/patches.h"
 #include "simd/simd.h"
 #include "simd/weights.h"
@@ -114,6 +114,7 @@ struct Epilogue {
   const float* bias = nullptr;
   int64_t activation = 0;  // Activation
   float low = 0, high = 0;
+  const Gate* gate = nullptr;  // of a C of floats, instead of an activation
 };
 
 struct Gemm {
