@@ -50,7 +50,7 @@ constexpr int64_t kThreadedWork = 256 * 1024;  // multiply-adds; waking threads 
 constexpr int kMaxRows = 16;                   // no tile has more rows
 constexpr int64_t kSumFloats =
     64 * 1024;                     // of a C of halves that wait to be rounded: in the second-level cache
-constexpr int64_t kMostRows = 32;  // of a transposed A are copied together
+constexpr int64_t kMostRows = 32;  // of a transposed A are packed together
 constexpr int64_t kPadding =
     16;  // floats after each copied row of A: against cache set conflicts, and for kOverrun
 
