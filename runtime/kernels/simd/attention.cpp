@@ -39,6 +39,11 @@ POCKC_INLINE void soften(const Attention& a, const Mask& mask, float* row, int64
     return;
   }
   const float terms = row_exponentials(row, n, after, row);
+  if (before == -kInfinity) {  // o is zero, or not yet there
+    softmax->most = after;
+    softmax->sum = terms;
+    return;
+  }
   if (after == before) {
     softmax->sum += terms;
     return;
@@ -63,7 +68,7 @@ void add_tile(const Attention& a, const ScoreTile& tile, float* scores, Softmax*
   Gemm g;
   plain(&g, scores, a.score_pitch(), false, a.v.from(a.key_row(tile.b, tile.h, tile.first) * a.value_depth),
         a.value_depth, false, softmax[0].out, a.value_depth);
-  multiply(tile.rows(), a.value_depth, tile.columns(), &g, true, scratch);
+  multiply(tile.rows(), a.value_depth, tile.columns(), &g, tile.first > 0, scratch);  // the first tile sets o
 }
 
 // A query that sees no key has out = 0.
@@ -84,7 +89,6 @@ void run_queries(const Call& call, const Attention& a, int64_t head, int64_t beg
   float* log_sums = call.outputs[1].as<float>() + row;
   float* scratch = scores + a.tile_floats();
   float* sums = is_half(out.dtype) ? scratch : out.as<float>() + row * width;
-  zero_run(sums, (end - begin) * width);
   Softmax softmax[kTileQueries];
   for (int64_t i = 0; i < end - begin; ++i) softmax[i].out = sums + i * width;
   for (int64_t first = 0; first < a.visible(end); first += kTileKeys) {

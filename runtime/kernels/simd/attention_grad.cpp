@@ -68,7 +68,8 @@ void differentiate_tile(const Attention& a, const Gradients& gradients, const Sc
   }
 }
 
-void add_tile(const Attention& a, const Gradients& gradients, const ScoreTile& tile, float* p,
+// If `first`, dk and dv are set, else added to.
+void add_tile(const Attention& a, const Gradients& gradients, const ScoreTile& tile, bool first, float* p,
               float* scratch) {
   const int64_t rows = tile.rows(), columns = tile.columns(), pitch = a.score_pitch();
   const int64_t depth = a.depth, width = a.value_depth;
@@ -81,20 +82,30 @@ void add_tile(const Attention& a, const Gradients& gradients, const ScoreTile& t
   multiply(rows, columns, width, &g, false, scratch);
   differentiate_tile(a, gradients, tile, p, ds);
   plain(&g, p, pitch, true, ct, width, false, gradients.dv + key * width, width);
-  multiply(columns, width, rows, &g, true, scratch);
+  multiply(columns, width, rows, &g, !first, scratch);
   plain(&g, ds, pitch, false, a.k.from(key * depth), depth, false, gradients.dq + query * depth, depth);
   multiply(rows, depth, columns, &g, tile.first > 0, scratch);
   plain(&g, ds, pitch, true, a.q.from(query * depth), depth, false, gradients.dk + key * depth, depth);
-  multiply(columns, depth, rows, &g, true, scratch);
+  multiply(columns, depth, rows, &g, !first, scratch);
+}
+
+// Of a tile of keys.
+void clear_keys(const Attention& a, const Gradients& gradients, int64_t key_head, int64_t first) {
+  const int64_t key = key_head * a.keys + first, count = minimum(kTileKeys, a.keys - first);
+  zero_run(gradients.dk + key * a.depth, count * a.depth);
+  zero_run(gradients.dv + key * a.value_depth, count * a.value_depth);
 }
 
 // What all queries that see a tile of keys give, of the heads that share these.
 void add_keys(const Attention& a, const Gradients& gradients, int64_t key_head, int64_t first, float* p) {
   const int64_t b = key_head / a.key_heads, head = key_head % a.key_heads * a.group();
   const int64_t earliest = a.causal ? first / kTileQueries * kTileQueries : 0;
+  // Where the first tile of queries sees all of these keys, it sets their gradients.
+  if (a.causal) clear_keys(a, gradients, key_head, first);
   for (int64_t h = head; h < head + a.group(); ++h) {
     for (int64_t begin = earliest; begin < a.queries; begin += kTileQueries) {
-      add_tile(a, gradients, a.tile(b, h, begin, first), p, p + 2 * a.tile_floats());
+      const bool sets = !a.causal && h == head && begin == 0;
+      add_tile(a, gradients, a.tile(b, h, begin, first), sets, p, p + 2 * a.tile_floats());
     }
   }
 }
@@ -115,11 +126,7 @@ Status run_attention_grad(const Call& call) {
   parallel(call, a.batch * a.key_heads, 1, [&](int64_t unit, int64_t last, int thread) {
     float* p = workspace(call) + thread * thread_floats(a);
     for (; unit < last; ++unit) {
-      zero_run(gradients.dk + unit * a.keys * a.depth, a.keys * a.depth);
-      zero_run(gradients.dv + unit * a.keys * a.value_depth, a.keys * a.value_depth);
-      for (int64_t first = 0; first < a.keys; first += kTileKeys) {
-        add_keys(a, gradients, unit, first, p);
-      }
+      for (int64_t first = 0; first < a.keys; first += kTileKeys) add_keys(a, gradients, unit, first, p);
     }
   });
   return PK_OK;

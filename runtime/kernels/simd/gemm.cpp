@@ -51,33 +51,37 @@ LeftPanel prepare_left(const Gemm& gemm, int64_t m0, int rows, int64_t k0, int64
   return {copy, stride, true};
 }
 
-// A panel of a transposed A that is used for few tiles is read where it lies.
+// Panels of a transposed A are packed, [k][kTileRows], unless they are used for few tiles: a step of the
+// microkernel then reads one or two cache lines that follow upon those of the step before. Whole vectors are
+// written, in order: what a step writes too much the next one mends.
 constexpr int64_t kPanelWidth = (kTileRows + W - 1) / W * W;
+constexpr int64_t kMostPanels = kMostRows / kTileRows;
 
-// Between copied panels: padded, so that they do not share cache sets.
-int64_t panel_pitch(int64_t depth) { return (depth + kPadding) * kPanelWidth; }
+// Between packed panels: padded, for what the last step writes too much, and so that they do not share cache
+// sets.
+int64_t panel_pitch(int64_t depth) { return round_up(depth * kTileRows, 16) + kPadding; }
 
-bool is_transposed_copied(const LeftMatrix& a, int64_t columns) {
+bool is_packed(const LeftMatrix& a, int64_t columns) {
   if (!a.transposed || a.patches != nullptr) return false;
   return is_half(a.dtype) || conflicts(a.stride) || columns > 2 * kTileColumns;
 }
 
-// The panels `first` to `end` of the rows [m0, m1), each [k][kPanelWidth], of a matrix of T: as many together
+// The panels `first` to `end` of the rows [m0, m1) of a matrix of T: as many together
 // as there is scratch memory for, because a step of k is a few cache lines, of which a panel alone would use
 // a part.
 template <typename T>
-void copy_transposed(const Gemm& gemm, const RowSplit& split, int64_t first, int64_t end, int64_t k0,
-                     int64_t depth, Element* copy) {
+void pack_left(const Gemm& gemm, const RowSplit& split, int64_t first, int64_t end, int64_t k0, int64_t depth,
+               Element* packed) {
   const LeftMatrix& a = gemm.a;
   // Whole vectors where the matrix goes on: what lies beyond the rows of a panel is never used.
   const T* data = static_cast<const T*>(a.data);
   const T* limit = data + (gemm.k - 1) * a.stride + gemm.m;
-  int64_t row[kMostRows / kPanelWidth] = {};
+  int64_t row[kMostPanels] = {};
   for (int64_t p = first; p < end; ++p) row[p - first] = split.begin(p);
   const int64_t panels = end - first, span = row[panels - 1] + kPanelWidth - row[0];
   for (int64_t k = 0; k < depth; ++k) {
     const T* line = data + (k0 + k) * a.stride;
-    Element* to = copy + k * kPanelWidth;
+    Element* to = packed + k * kTileRows;
     if (limit - (line + row[0]) >= span) {
       const T* later = line + minimum(kRowsAhead, depth - 1 - k) * a.stride + row[0];
       for (int64_t i = 0; i < span; i += kLineFloats) __builtin_prefetch(later + i);
@@ -156,6 +160,36 @@ struct Ahead {
   }
 };
 
+Tile first_tile(const Gemm& gemm, int64_t k0, int64_t depth) {
+  Tile tile;
+  tile.depth = depth;
+  tile.first = k0 == 0 && !gemm.accumulate;
+  tile.last = k0 + depth == gemm.k;
+  tile.epilogue = &gemm.epilogue;
+  return tile;
+}
+
+// From column n of a block of `columns` on, which begins at n0.
+POCKC_INLINE void set_columns(const Gemm& gemm, const Block& block, int64_t n0, int64_t columns, int64_t n,
+                              Tile* tile) {
+  tile->b = block.panel[n / kTileColumns];
+  tile->b_stride = block.stride[n / kTileColumns];
+  tile->column = n0 + n - gemm.c.first_column;
+  tile->bias_column = n0 + n;
+  tile->columns = minimum<int64_t>(columns - n, kTileColumns);
+}
+
+void finish_rows(const Gemm& gemm, const Tile& tile, float* const* c, int64_t rows, int64_t n0,
+                 int64_t columns) {
+  if (!tile.last) return;
+  const Epilogue& epilogue = gemm.epilogue;
+  for (int64_t i = 0; i < rows; ++i) {
+    float* row = c[i] + n0 - gemm.c.first_column;
+    if (epilogue.gate != nullptr) close_gate(*epilogue.gate, row, columns);
+    if (epilogue.activation > kClip) activate(row, columns, static_cast<Activation>(epilogue.activation));
+  }
+}
+
 void multiply_panel(const Gemm& gemm, const LeftPanel& left, const Block& block, int64_t m0, int rows,
                     int64_t k0, int64_t depth, int64_t n0, int64_t columns, Ahead* left_ahead,
                     Ahead* right_ahead, Ahead* output_ahead) {
@@ -163,32 +197,45 @@ void multiply_panel(const Gemm& gemm, const LeftPanel& left, const Block& block,
   for (int i = 0; i < rows; ++i) c[i] = output_row(gemm.c, m0 + i);
   const auto& kernels =
       left.row_major ? kRowMajorKernels.entry[rows - 1] : kTransposedKernels.entry[rows - 1];
-  Tile tile;
+  Tile tile = first_tile(gemm, k0, depth);
   tile.a = left.data;
   tile.a_stride = left.stride;
-  tile.depth = depth;
   tile.c = c;
-  tile.first = k0 == 0 && !gemm.accumulate;
-  tile.last = k0 + depth == gemm.k;
-  tile.epilogue = &gemm.epilogue;
-  for (int64_t n = 0, index = 0; n < columns; n += kTileColumns, ++index) {
-    tile.b = block.panel[index];
-    tile.b_stride = block.stride[index];
-    tile.column = n0 + n - gemm.c.first_column;
-    tile.bias_column = n0 + n;
-    tile.columns = minimum<int64_t>(columns - n, kTileColumns);
+  for (int64_t n = 0; n < columns; n += kTileColumns) {
+    set_columns(gemm, block, n0, columns, n, &tile);
     if (left_ahead != nullptr) left_ahead->advance();
     if (right_ahead != nullptr) right_ahead->advance();
     if (output_ahead != nullptr) output_ahead->advance();
     kernels[(tile.columns - 1) / W](tile);
   }
-  if (!tile.last) return;
-  const Epilogue& epilogue = gemm.epilogue;
-  for (int i = 0; i < rows; ++i) {
-    float* row = c[i] + n0 - gemm.c.first_column;
-    if (epilogue.gate != nullptr) close_gate(*epilogue.gate, row, columns);
-    if (epilogue.activation > kClip) activate(row, columns, static_cast<Activation>(epilogue.activation));
+  finish_rows(gemm, tile, c, rows, n0, columns);
+}
+
+// The packed panels `first` to `end`. Each panel of B meets all of them before the next one does: so it comes
+// from the first-level cache for all but one, and what streams from the second is A, of which a tile needs
+// less.
+void multiply_packed(const Gemm& gemm, const Element* packed, const RowSplit& split, int64_t first,
+                     int64_t end, const Block& block, int64_t k0, int64_t depth, int64_t n0, int64_t columns,
+                     Ahead* left_ahead, Ahead* right_ahead) {
+  const int64_t panels = end - first, m0 = split.begin(first), rows = split.begin(end) - m0;
+  const int64_t pitch = panel_pitch(depth);
+  float* c[kMostRows];
+  for (int64_t i = 0; i < rows; ++i) c[i] = output_row(gemm.c, m0 + i);
+  int64_t row[kMostPanels + 1];
+  for (int64_t p = 0; p <= panels; ++p) row[p] = split.begin(first + p) - m0;
+  Tile tile = first_tile(gemm, k0, depth);
+  tile.a_stride = kTileRows;
+  for (int64_t n = 0; n < columns; n += kTileColumns) {
+    set_columns(gemm, block, n0, columns, n, &tile);
+    tile.a = packed;
+    for (int64_t p = 0; p < panels; ++p, tile.a += pitch) {
+      tile.c = c + row[p];
+      if (left_ahead != nullptr) left_ahead->advance();
+      if (right_ahead != nullptr) right_ahead->advance();
+      kTransposedKernels.entry[row[p + 1] - row[p] - 1][(tile.columns - 1) / W](tile);
+    }
   }
+  finish_rows(gemm, tile, c, rows, n0, columns);
 }
 
 // Rows [row, end) of A from k0 on, or of a transposed A the parts that belong to them.
@@ -229,64 +276,59 @@ Ahead ahead_of_output(const Gemm& gemm, const RowSplit& split, int64_t panel, in
 void multiply_block(const Gemm& gemm, const RowSplit& split, int64_t k0, int64_t depth, int64_t n0,
                     int64_t columns, const Block& block, int64_t copied_rows, Element* scratch) {
   const int64_t tiles = divide_up(columns, kTileColumns);
-  // Panels of A that are copied before they are used; 0: see prepare_left.
-  const int64_t together = is_transposed_copied(gemm.a, columns) ? copied_rows / kPanelWidth : 0;
+  const bool packed = is_packed(gemm.a, columns);
+  const int64_t room = minimum(copied_rows * (depth + kPadding) / panel_pitch(depth), kMostPanels);
+  const int64_t together = packed ? room : 1;
   const bool in_place = gemm.a.patches == nullptr && !is_half(gemm.a.dtype);
   // A transposed A that is read where it lies: its next block in depth. Otherwise the next panels, which lie
   // one behind the other where it is row-major, so that few tiles suffice to ask for them.
-  const bool deep = in_place && gemm.a.transposed && together == 0 && has_large_left(gemm);
+  const bool deep = in_place && gemm.a.transposed && !packed && has_large_left(gemm);
   const bool few = !gemm.a.transposed && has_large_left(gemm);
   const bool asks = in_place && !deep && depth >= kPrefetchDepth && (few || tiles >= Ahead::kLeastTiles);
-  const bool asks_output = asks_for_output(gemm, depth, tiles);
+  const bool asks_output = !packed && asks_for_output(gemm, depth, tiles);
   Ahead right_ahead;
   if (tiles >= Ahead::kLeastTiles && has_next_right(gemm, k0 + depth, columns)) {
     const RightMatrix& b = gemm.b;
     right_ahead = {b.data + (k0 + depth) * b.stride + n0, b.stride, columns,
                    minimum(kDepth, gemm.k - k0 - depth), split.panels * tiles};
   }
-  Ahead* right_pointer = right_ahead.pieces > 0 ? &right_ahead : nullptr;
-  const int64_t group = maximum<int64_t>(1, together);
+  Ahead* const right_pointer = right_ahead.pieces > 0 ? &right_ahead : nullptr;
   Ahead left_ahead;
   if (deep && k0 + depth < gemm.k) {
     left_ahead = ahead_of_left(gemm.a, split.m0, split.m1, k0 + depth, minimum(kDepth, gemm.k - k0 - depth),
                                split.panels * tiles);
   }
-  for (int64_t p = 0; p < split.panels; ++p) {
-    const int64_t row = split.begin(p), place = p % group;
-    if (place == 0) {
-      const int64_t next = minimum(split.panels, p + group), after = minimum(split.panels, next + group);
-      if (together > 0) {
-        with_elements(gemm.a.dtype, [&](auto zero) {
-          copy_transposed<decltype(zero)>(gemm, split, p, next, k0, depth, scratch);
-        });
-      }
-      if (!deep) left_ahead = Ahead();
-      if (asks && next < after) {
-        left_ahead =
-            ahead_of_left(gemm.a, split.begin(next), split.begin(after), k0, depth, tiles * (next - p));
-      }
+  for (int64_t p = 0; p < split.panels; p += together) {
+    const int64_t next = minimum(split.panels, p + together), after = minimum(split.panels, next + together);
+    const int64_t row = split.begin(p), end = split.begin(next);
+    if (!deep) left_ahead = Ahead();
+    if (asks && next < after)
+      left_ahead = ahead_of_left(gemm.a, end, split.begin(after), k0, depth, tiles * (next - p));
+    Ahead* const left_pointer = left_ahead.pieces > 0 ? &left_ahead : nullptr;
+    if (packed) {
+      with_elements(gemm.a.dtype,
+                    [&](auto zero) { pack_left<decltype(zero)>(gemm, split, p, next, k0, depth, scratch); });
+      multiply_packed(gemm, scratch, split, p, next, block, k0, depth, n0, columns, left_pointer,
+                      right_pointer);
+      continue;
     }
-    const int rows = static_cast<int>(split.begin(p + 1) - row);
-    const LeftPanel left = together > 0 ? LeftPanel{scratch + place * panel_pitch(depth), kPanelWidth, false}
-                                        : prepare_left(gemm, row, rows, k0, depth, scratch);
     Ahead output_ahead;
-    if (asks_output && p + 1 < split.panels)
-      output_ahead = ahead_of_output(gemm, split, p + 1, n0, columns, tiles);
-    multiply_panel(gemm, left, block, row, rows, k0, depth, n0, columns,
-                   left_ahead.pieces > 0 ? &left_ahead : nullptr, right_pointer,
+    if (asks_output && next < split.panels)
+      output_ahead = ahead_of_output(gemm, split, next, n0, columns, tiles);
+    const int rows = static_cast<int>(end - row);
+    const LeftPanel left = prepare_left(gemm, row, rows, k0, depth, scratch);
+    multiply_panel(gemm, left, block, row, rows, k0, depth, n0, columns, left_pointer, right_pointer,
                    output_ahead.pieces > 0 ? &output_ahead : nullptr);
   }
 }
 
-// Rows of A that scratch memory is for.
-int64_t copied_rows(Copied copied, int64_t block) {
+// Rows of A that scratch memory is for, where a thread has `rows` of them.
+int64_t copied_rows(int64_t rows, Copied copied) {
   if (copied == Copied::kNo) return 0;
-  return copied == Copied::kColumns && block == kColumns ? kMostRows : kMaxRows;
+  return copied == Copied::kColumns && rows > 192 ? kMostRows : kMaxRows;
 }
 
-int64_t left_scratch(int64_t k, Copied copied, int64_t block) {
-  return copied_rows(copied, block) * (minimum(k, kDepth) + kPadding);
-}
+int64_t left_scratch(int64_t left_rows, int64_t k) { return left_rows * (minimum(k, kDepth) + kPadding); }
 
 // Rows or columns are split, the longer side in tiles: the other operand is then packed by every thread,
 // which costs the least where it is the small one. Not by the tile of this instruction set: the planner asks.
@@ -316,9 +358,10 @@ int64_t block_columns(int64_t rows, Copied copied) {
 }
 
 int64_t part_scratch(int64_t rows, int64_t n, int64_t k, Copied copied, bool narrowed) {
-  const int64_t block = block_columns(rows, copied), columns = minimum(round_up(n, 16), block);
+  const int64_t columns = minimum(round_up(n, 16), block_columns(rows, copied));
   const int64_t sums = narrowed ? minimum(rows, kSumFloats / columns) * columns : 0;
-  return round_up(left_scratch(k, copied, block) + minimum(k, kDepth) * columns, 16) + round_up(sums, 16);
+  return round_up(left_scratch(copied_rows(rows, copied), k) + minimum(k, kDepth) * columns, 16) +
+         round_up(sums, 16);
 }
 
 int64_t gemm_scratch(const Gemm& gemm, int threads) {
@@ -334,26 +377,38 @@ int64_t gemm_scratch(const Gemm& gemm, int threads) {
 
 namespace {
 
+// What a thread's scratch memory is for: see part_scratch.
+struct Blocking {
+  int64_t columns, left_rows;
+
+  Blocking(const Gemm& gemm, int64_t rows)
+      : columns(block_columns(rows, copied(gemm.a))), left_rows(copied_rows(rows, copied(gemm.a))) {}
+  // Columns that are taken at a time, of so many: blocks of nearly the same size.
+  int64_t step(int64_t count) const {
+    const int64_t most = columns / kTileColumns * kTileColumns;
+    return round_up(divide_up(count, divide_up(count, most)), kTileColumns);
+  }
+};
+
 // A part of a C of floats.
-void multiply_part(const Gemm& gemm, int64_t m0, int64_t m1, int64_t n0, int64_t n1, int64_t block,
+void multiply_part(const Gemm& gemm, int64_t m0, int64_t m1, int64_t n0, int64_t n1, const Blocking& blocking,
                    float* scratch) {
   const RowSplit split(m0, m1);
   // Few rows: B is used so seldom that copying it does not pay, and the weights are streamed once.
   const bool direct = !kHalfProducts && split.panels <= 2 && !gemm.b.transposed &&
                       gemm.b.patches == nullptr && gemm.b.group_offsets == nullptr &&
                       gemm.b.compact.data == nullptr;
-  const int64_t step = block / kTileColumns * kTileColumns;
-  const Copied copy = copied(gemm.a);
+  const int64_t step = blocking.step(n1 - n0);
   // Panels of halves take half of the scratch memory that is planned for panels of floats.
   Element* const left = reinterpret_cast<Element*>(scratch);
-  Element* const packed = reinterpret_cast<Element*>(scratch + left_scratch(gemm.k, copy, block));
+  Element* const packed = reinterpret_cast<Element*>(scratch + left_scratch(blocking.left_rows, gemm.k));
   for (int64_t n = n0; n < n1; n += step) {
     const int64_t columns = minimum(step, n1 - n);
     for (int64_t k = 0; k < gemm.k; k += kDepth) {
       const int64_t depth = minimum(kDepth, gemm.k - k);
       Block panel;
       prepare_right(gemm, k, depth, n, columns, direct, packed, &panel);
-      multiply_block(gemm, split, k, depth, n, columns, panel, copied_rows(copy, block), left);
+      multiply_block(gemm, split, k, depth, n, columns, panel, blocking.left_rows, left);
     }
   }
 }
@@ -372,8 +427,8 @@ void narrow_rows(const OutputMatrix& c, const OutputMatrix& sums, int64_t m0, in
 
 // A part of a C of halves, in blocks of floats that are then rounded: there is room for `most_rows` of these.
 void multiply_narrowed(const Gemm& gemm, int64_t m0, int64_t m1, int64_t n0, int64_t n1, int64_t most_rows,
-                       int64_t block, float* scratch) {
-  const int64_t most = minimum(round_up(gemm.n, 16), block);
+                       const Blocking& blocking, float* scratch) {
+  const int64_t most = minimum(round_up(gemm.n, 16), blocking.columns);
   const int64_t step = most / kTileColumns > 0 ? most / kTileColumns * kTileColumns : most;
   const int64_t rows = minimum(most_rows, kSumFloats / most);
   Gemm part = gemm;
@@ -386,7 +441,7 @@ void multiply_narrowed(const Gemm& gemm, int64_t m0, int64_t m1, int64_t n0, int
     for (int64_t m = m0; m < m1; m += rows) {
       const int64_t end = minimum(m1, m + rows);
       part.c.first_row = m;
-      multiply_part(part, m, end, n, n + columns, block, scratch + round_up(rows * most, 16));
+      multiply_part(part, m, end, n, n + columns, blocking, scratch + round_up(rows * most, 16));
       if (gemm.c.dtype == DType::kF16) {
         narrow_rows<F16>(gemm.c, part.c, m, end, n, columns);
       } else {
@@ -401,11 +456,11 @@ void multiply_narrowed(const Gemm& gemm, int64_t m0, int64_t m1, int64_t n0, int
 void gemm_part(const Gemm& gemm, int64_t m0, int64_t m1, int64_t n0, int64_t n1, int64_t rows,
                float* scratch) {
   if (m0 == m1 || n0 == n1) return;
-  const int64_t block = block_columns(rows, copied(gemm.a));
+  const Blocking blocking(gemm, rows);
   if (is_half(gemm.c.dtype)) {
-    multiply_narrowed(gemm, m0, m1, n0, n1, rows, block, scratch);
+    multiply_narrowed(gemm, m0, m1, n0, n1, rows, blocking, scratch);
   } else {
-    multiply_part(gemm, m0, m1, n0, n1, block, scratch);
+    multiply_part(gemm, m0, m1, n0, n1, blocking, scratch);
   }
 }
 
