@@ -29,6 +29,7 @@ LEAST_ROUNDS = 3  # in each of which every candidate runs once; the median count
 MOST_ROUNDS = 25
 ENTRY = "train_step"  # of the programs of one call: every program has it
 COLD_BYTES = 32 << 20  # written before each run: in a step, other tensors have taken the caches meanwhile
+MASKS = "mask-gradients"  # the pass
 
 
 def tune(
@@ -64,8 +65,11 @@ def distinct_calls(arguments: Mapping[str, Any], device: Device) -> dict[str, No
 
 
 def untuned(arguments: Mapping[str, Any], device: Device, without: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Arguments of a build for the device that reads no table and stores weights as floats, without some kernels."""
-    disabled = frozenset({*arguments.get("disabled", ()), *without})
+    """Arguments of a build for the device that reads no table and stores weights as floats, without some kernels.
+
+    Input gradients have no masks there: with one, a call is no longer among those that have several candidates.
+    """
+    disabled = frozenset({*arguments.get("disabled", ()), *without, MASKS})
     return {**arguments, "device": replace(device, tuning=""), "frozen_dtype": "f32", "disabled": disabled}
 
 

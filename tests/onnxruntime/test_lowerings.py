@@ -78,7 +78,7 @@ def test_what_has_no_lowering_is_known() -> None:
     tiles = {"cross_entropy_tile", "cross_entropy_of_tiles", "cross_entropy_grad_tile", "count_correct_of_tiles"}
     eight_bits = {"quantize", "dequantize", "lookup_int8", "add_int8", "conv2d_int8", "max_pool2d_int8"}
     dynamic_scale = {"all_finite", "gate"}
-    others = {"momentum8", "adam8", "lion8", "pack8", "unpack8", "conv2d_winograd"}
+    others = {"momentum8", "adam8", "lion8", "pack8", "unpack8", "conv2d_winograd", "conv2d_grad_input_masked"}
     assert missing == tiles | eight_bits | dynamic_scale | others
 
 
