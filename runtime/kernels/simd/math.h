@@ -38,8 +38,11 @@ struct Exponential {
 };
 constexpr int32_t kCountOffset = 0x4b400000;  // the bits of 1.5 * 2^23
 
-// 2^n for -126 <= n <= 127; 0 for -127.
-POCKC_INLINE vf power_of_two(vi n) { return float_of_bits((n + splat_int(127)) << 23); }
+// 2^n for -126 <= n <= 127; 0 for -127. Unsigned: of a NaN, n is any number, and nothing may overflow.
+POCKC_INLINE vf power_of_two(vi n) {
+  const vu biased = reinterpret_cast<vu>(n) + reinterpret_cast<vu>(splat_int(127));
+  return float_of_bits(reinterpret_cast<vi>(biased << 23));
+}
 
 // Below the smallest denormal 0, above the largest float inf. Error <= 1 ulp (0.9 in the normal range).
 POCKC_INLINE vf exponential(vf x) {
