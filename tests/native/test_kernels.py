@@ -369,3 +369,13 @@ def test_a_pool_index_that_names_no_pixel_is_not_followed() -> None:
     status, (gradient,) = kernels.run("max_pool2d_grad", "ref", (ct, indices), [TensorType((1, 4, 4, 1))], attrs)
     assert status == kernels.OK
     assert not gradient.any()
+
+
+@pytest.mark.parametrize("op", ["softmax", "gelu", "silu", "sigmoid"])
+def test_a_nan_of_any_payload_stays_one(op: str) -> None:
+    # Exponentials add to the bits of a number: of the largest NaNs, that must not overflow where sanitizers look.
+    x = np.zeros((2, 32), np.float32)
+    x.view(np.uint32)[0] = [0x7FC00000, 0xFFC00000, *[0x7FFFFFC0] * 15, *[0xFFFFFFFF] * 15]
+    status, (found,) = kernels.run(op, "simd", [x], [TensorType(x.shape)], {})
+    assert status == kernels.OK
+    assert np.isnan(found[0]).all() and np.isfinite(found[1]).all()
