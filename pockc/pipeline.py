@@ -28,6 +28,7 @@ from pockc.passes import (
     layout,
     mask_gradients,
     mixed_precision,
+    narrow,
     place,
     quantize_frozen,
     quantize_prefix,
@@ -83,6 +84,7 @@ COMMON: tuple[Pass, ...] = (
     Pass("fold", fold.run, "imported"),  # the folded scales and shifts of frozen parameters
     Pass("cse", cse.run, "imported"),
     Pass("dce", dce.run, "imported"),
+    Pass("narrow", narrow.run, "imported", optional=True),  # on canonical slices, and before gradients are made
     Pass("quantize-prefix", quantize_prefix.run, "imported"),  # before entries part: all shall see the same numbers
 )
 

@@ -51,6 +51,7 @@ define(
     samples=[
         Sample((f32(3, 4),), {"shape": (2, 6)}, lambda t, x: x.reshape(2, 6), (0,)),
         Sample((f32(2, 3, 4),), {"shape": (24,)}, lambda t, x: x.reshape(24), (0,)),
+        Sample((f32(2, 3, 4),), {"shape": (2, 3, 2, 2)}, lambda t, x: x.reshape(2, 3, 2, 2), (0,)),
         Sample((f32(),), {"shape": (1, 1)}, lambda t, x: x.reshape(1, 1), (0,)),
         Sample((i64(6),), {"shape": (3, 2)}, lambda t, x: x.reshape(3, 2)),
     ],
