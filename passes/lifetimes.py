@@ -247,3 +247,33 @@ def _takeover(
         if buffer.state is None and all(last_use.get(v, -1) <= index for v in buffer.values):
             return buffer
     return None
+
+
+def unread_fills(graph: Graph) -> set[Node]:
+    """The nodes that fill a tensor of which parts overwrite every element, by `insert`, before anything reads it.
+
+    No call makes them: the first part is written alone, to where the tensor will be.
+    """
+    readers, results = graph.consumers(), set(graph.results())
+    return {node for node in graph.nodes if node.op == "expand" and _covered(node.outputs[0], readers, results)}
+
+
+def _covered(value: Value, readers: Mapping[Value, list[Node]], results: set[Value]) -> bool:
+    """Whether the first readers of ``value`` are a chain of inserts along one axis that leave nothing of it."""
+    axis, missing = None, set[int]()
+    while value not in results:
+        found = readers.get(value, [])
+        if len(found) != 1 or found[0].op != "insert" or found[0].inputs[0] is not value:
+            return False
+        base, part = (operand.type.shape for operand in found[0].inputs)
+        if axis is None:
+            axis = found[0].attrs["axis"]
+            missing = set(range(base[axis]))
+        if found[0].attrs["axis"] != axis:
+            return False
+        start = found[0].attrs["start"]
+        missing -= set(range(start, start + part[axis]))
+        if not missing:
+            return True
+        value = found[0].outputs[0]
+    return False

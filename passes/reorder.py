@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 from pockc.ir import Builder, Graph, Node, Origin
 from pockc.passes import memory, schedule_exact, schedule_greedy, schedule_window
-from pockc.passes.lifetimes import storage_readers, storages, update_chains, updates_in_place
+from pockc.passes.lifetimes import storage_readers, storages, unread_fills, update_chains, updates_in_place
 from pockc.passes.schedule_model import Problem, Workspace, problem_of
 from pockc.recipe import Recipe
 
@@ -28,7 +28,7 @@ def run(graph: Graph, recipe: Recipe) -> Graph:
     """
     if "reorder" in recipe.disabled:
         return _materialise_updates(graph)
-    return _smallest(_search(graph, recipe), recipe)
+    return _fill_late(_smallest(_search(graph, recipe), recipe))
 
 
 def searched(graph: Graph, recipe: Recipe) -> Graph:
@@ -46,6 +46,20 @@ def prepared(graph: Graph) -> Graph:
 def least_peak(graph: Graph, recipe: Recipe) -> int:
     """Live bytes that every order of the graph needs at some call: much faster than to search for the best order."""
     return problem_of(_materialise_updates(by_updates(graph)), recipe.workspace).lower_bound()
+
+
+def _fill_late(graph: Graph) -> Graph:
+    """Move fills that no call makes (`unread_fills`) to right before the part that begins their bytes."""
+    readers = graph.consumers()
+    fills = {readers[node.outputs[0]][0]: node for node in unread_fills(graph)}
+    late = set(fills.values())
+    order: list[Node] = []
+    for node in graph.nodes:
+        if node in fills:
+            order.append(fills[node])
+        if node not in late:
+            order.append(node)
+    return replace(graph, nodes=tuple(order))
 
 
 def _sink_cheap(graph: Graph) -> Graph:

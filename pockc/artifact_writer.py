@@ -19,7 +19,7 @@ from pockc.errors import InternalError, UserError
 from pockc.halves import HALF_DTYPES, is_half
 from pockc.ir import DTYPES, Array, Graph, Node, State, StateKind, Value
 from pockc.ops import ENUM_VALUES, OPS
-from pockc.passes.lifetimes import storages
+from pockc.passes.lifetimes import storages, unread_fills
 from pockc.passes.memory import aligned
 from pockc.program import Program
 from pockc.program import states as program_states
@@ -208,18 +208,19 @@ class Tables:
         used = [*graph.inputs, *graph.results(), *(v for n in graph.nodes for v in (*n.inputs, *n.outputs))]
         for value in dict.fromkeys(used):
             index[value] = self.tensor(value, *self._location(name, value))
+        unmade = {node.outputs[0] for node in unread_fills(graph)}
         calls = [
-            self._call(node, index, workspace)
+            self._call(node, [index[v] for v in node.inputs if v not in unmade], index, workspace)
             for node, workspace in zip(graph.nodes, placement.workspace, strict=True)
-            if storage[node.outputs[0]] is node.outputs[0]  # views are there already
+            if storage[node.outputs[0]] is node.outputs[0] and node.outputs[0] not in unmade  # views are there already
         ]
         inputs = {value.name: index[value] for value in graph.inputs}
         return entry_row(name, inputs, {key: index[value] for key, value in graph.outputs.items()}, calls)
 
-    def _call(self, node: Node, index: Mapping[Value, int], workspace: tuple[int, int]) -> bytes:
+    def _call(self, node: Node, inputs: list[int], index: Mapping[Value, int], workspace: tuple[int, int]) -> bytes:
         phase = node.origin.phase
         origin = f"{node.origin}" if phase == "forward" else f"{node.origin} [{phase}]"
-        inputs, outputs = [index[v] for v in node.inputs], [index[v] for v in node.outputs]
+        outputs = [index[v] for v in node.outputs]
         offset, nbytes = workspace
         where = self.program.state_bytes + offset if nbytes else 0
         return self.call(node.op, origin, inputs, outputs, flatten(node.op, node.attrs), (where, nbytes))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pockc.ir import Node, State, Value
-from pockc.passes.lifetimes import Buffer, storages
+from pockc.passes.lifetimes import Buffer, storages, unread_fills
 from pockc.passes.memory import aligned
 from pockc.program import Program, states
 
@@ -93,7 +93,8 @@ def mapped_bytes(program: Program) -> int:
     """Bytes of frozen states and constants that some call reads, equal contents counted once."""
     sizes: dict[tuple[Any, ...], int] = {}
     for graph in program.entries.values():
-        read = {value for node in graph.nodes for value in node.inputs}
+        skipped = unread_fills(graph)
+        read = {value for node in graph.nodes if node not in skipped for value in node.inputs}
         for value, state in graph.states.items():
             if value in read and value.name not in program.state_offset:
                 sizes[content_key(value, state)] = aligned(value.type.nbytes)

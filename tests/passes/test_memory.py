@@ -13,9 +13,10 @@ from pockc.errors import InternalError
 from pockc.interp import evaluate
 from pockc.ir import Array, Builder, Graph, TensorType, Value
 from pockc.ops import OPS
+from pockc.ops.common import f32
 from pockc.optim import SGD
 from pockc.passes import memory, reorder
-from pockc.passes.lifetimes import buffers, extents, storages, updates_in_place
+from pockc.passes.lifetimes import buffers, extents, storages, unread_fills, updates_in_place
 from pockc.passes.memory import ALIGNMENT, Interval
 from pockc.recipe import Recipe
 
@@ -149,6 +150,41 @@ def test_contiguous_slices_of_inputs_and_states_are_read_where_they_lie(source: 
     slices = [node.outputs[0] for node in graph.nodes if node.op == "slice"]
     offsets = {value.name: found[value].offset for value in slices if found[value].storage is not value}
     assert offsets == ({} if source == "made" else {"rows": 128, "inner": 192})
+
+
+@pytest.mark.parametrize(
+    ("starts", "read", "unread"),
+    [
+        ((0, 2, 4), "last", True),
+        ((4, 0, 2), "last", True),
+        ((0, 1, 3, 4), "last", True),
+        ((0, 2), "last", False),  # rows 4 and 5 keep their zeros
+        ((0, 2, 4), "filled", False),
+        ((0, 2, 4), "first", False),
+    ],
+)
+def test_a_tensor_of_zeros_that_parts_overwrite_need_not_be_filled(
+    starts: tuple[int, ...], read: str, unread: bool
+) -> None:
+    b = Builder()
+    part = b.input("part", f32(2, 3))
+    values = {"filled": b("expand", b.constant(0.0), shape=(6, 3))}
+    values["last"] = values["filled"]
+    for start in starts:
+        values["last"] = b("insert", values["last"], part, axis=0, start=start)
+        values.setdefault("first", values["last"])
+    graph = b.build({"y": values["last"], "z": b("exp", values[read])})
+    assert bool(unread_fills(graph)) == unread
+    as_result = b.build({"y": values["last"], "z": values[read]})
+    assert bool(unread_fills(as_result)) == unread
+
+
+def test_parts_along_different_axes_do_not_make_a_whole() -> None:
+    b = Builder()
+    filled = b("expand", b.constant(0.0), shape=(2, 2))
+    row = b("insert", filled, b.input("row", f32(1, 2)), axis=0, start=0)
+    column = b("insert", row, b.input("column", f32(2, 1)), axis=1, start=1)
+    assert not unread_fills(b.build({"y": column}))
 
 
 def test_part_of_a_buffer_is_not_overwritten() -> None:

@@ -1,4 +1,5 @@
 // insert(base, part; axis, start): base with part written over it from start on along axis. out may be base.
+// insert(part; axis, start) is the first part of a tensor that others complete: the rest of out stays as it is.
 #include "common.h"
 
 namespace pockc::ref {
@@ -16,11 +17,13 @@ Insert read_insert(Attributes& attributes, const Tensor& base) {
   return insert;
 }
 
+const Tensor& base_of(const Call& call) { return call.input_count == 2 ? call.inputs[0] : call.outputs[0]; }
+
 }  // namespace
 
 Status check_insert(const Call& call) {
-  if (!has_operands(call, 2, 2, 1, kNoWeight, kHalves)) return PK_BAD_FILE;
-  const Tensor &base = call.inputs[0], &part = call.inputs[1], &out = call.outputs[0];
+  if (!has_operands(call, 1, 2, 1, kNoWeight, kHalves)) return PK_BAD_FILE;
+  const Tensor &base = base_of(call), &part = call.inputs[call.input_count - 1], &out = call.outputs[0];
   Attributes attributes(call);
   const Insert insert = read_insert(attributes, base);
   if (!attributes.valid() || !same_type(base, out) || part.dtype != base.dtype) return PK_BAD_FILE;
@@ -29,7 +32,7 @@ Status check_insert(const Call& call) {
 }
 
 Status run_insert(const Call& call) {
-  const Tensor &base = call.inputs[0], &part = call.inputs[1], &out = call.outputs[0];
+  const Tensor &base = base_of(call), &part = call.inputs[call.input_count - 1], &out = call.outputs[0];
   Attributes attributes(call);
   const Insert insert = read_insert(attributes, base);
   const AxisView from = around_axis(part, insert.axis), to = around_axis(out, insert.axis);
