@@ -59,8 +59,6 @@ def within(budget: int, recipe: Recipe, plan: Plan) -> Program:
     """
     unconstrained = plan(recipe, None)
     peak = unconstrained.memory.peak_bytes
-    if peak <= budget:
-        return _noted(unconstrained, recipe, budget, peak)
     transient = unconstrained.arena_bytes - unconstrained.state_bytes
     fixed = peak - transient  # states and mapped weights
 
@@ -68,6 +66,12 @@ def within(budget: int, recipe: Recipe, plan: Plan) -> Program:
         trial = replace(recipe, transient_target=target, decisions={})
         return Attempt(target, plan(trial, limit), trial)
 
+    if peak <= budget:
+        found = Attempt(transient, unconstrained, recipe)
+        if budget - fixed > transient:  # room to keep what a program without a budget computes again
+            roomy = attempt(budget - fixed)
+            found = roomy if roomy.peak <= budget and roomy.seconds < found.seconds else found
+        return _noted(found.program, found.recipe, budget, peak)
     tried = []
     for target in _ladder(transient, budget - fixed):
         tried.append(attempt(target))

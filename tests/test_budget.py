@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import pockc
+from benchmarks import zoo
 from pockc.budget import LADDER, within
 from pockc.entries import Traced
 from pockc.errors import BudgetError
@@ -44,17 +45,18 @@ class Planned:
 
 @dataclass
 class Compiler:
-    """Misses every target by ``miss`` bytes, down to ``least``; the other entries take ``others`` bytes."""
+    """Misses every target by ``miss`` bytes, from ``most`` to ``least``; the other entries take ``others`` bytes."""
 
     miss: int = 0
     least: int = 100
     others: int = 0
+    most: int = 5000
     asked: list[tuple[int | None, int | None]] = field(default_factory=list)
 
     def plan(self, recipe: Recipe, limit: int | None) -> Planned:
         target = recipe.transient_target
         self.asked.append((target, limit))
-        step = 5000 if target is None else max(self.least, min(target, 5000) + self.miss)
+        step = 5000 if target is None else max(self.least, min(target, self.most) + self.miss)
         recipe.decisions["estimated_seconds"] = 1 / step
         return Planned(step if limit is not None and STATES + step > limit else max(step, self.others))
 
@@ -63,10 +65,27 @@ def fitted(compiler: Compiler, budget: int) -> Any:
     return within(budget, Recipe(trained={}, optimizer=SGD(lr=0.1)), compiler.plan)  # type: ignore[arg-type]
 
 
-def test_a_budget_above_the_peak_takes_one_plan() -> None:
+def test_the_peak_as_a_budget_takes_one_plan() -> None:
     compiler = Compiler()
     assert fitted(compiler, 6000).transient == 5000
     assert compiler.asked == [(None, None)]
+
+
+@pytest.mark.parametrize(("miss", "most", "transient"), [(0, 7000, 7000), (0, 5000, 5000), (600, 9000, 5000)])
+def test_room_beyond_the_peak_is_used_where_that_is_faster_and_fits(miss: int, most: int, transient: int) -> None:
+    compiler = Compiler(miss=miss, most=most)
+    assert fitted(compiler, 9500 if miss else 9000).transient == transient
+    assert compiler.asked == [(None, None), (8500 if miss else 8000, 9500 if miss else 9000)]
+
+
+def test_a_language_model_with_room_computes_less_again() -> None:
+    model, inputs = zoo.llama_tiny(batch_size=4, sequence_length=64)
+    options: dict[str, Any] = {"loss": "causal_lm", "entries": ("train_step",)}
+    plain = pockc.build(model, inputs, **options)
+    roomy = pockc.build(model, inputs, memory_budget=4 * plain.memory.peak_bytes, **options)
+    assert plain.memory.peak_bytes < roomy.memory.peak_bytes <= 4 * plain.memory.peak_bytes
+    again = [sum(node.origin.phase == "recompute" for node in p.entries["train_step"].nodes) for p in (plain, roomy)]
+    assert again[1] < again[0]
 
 
 def test_targets_are_corrected_until_the_plan_fits() -> None:
