@@ -181,7 +181,7 @@ SITE_PACKAGES = -c 'import site; print(site.getsitepackages()[0])'
 
 # PyTorch alone, and no longer than this compiles: what is compiled is kept, and the next run goes on from there.
 bench-speed: setup ## Compare the time of a training step with PyTorch's: tables, JSON, a picture
-	$(BIN)/python -m benchmarks.speed --compile-minutes 3
+	$(BIN)/python -m benchmarks.speed --compile-minutes 1 --seconds 4
 
 bench-all: setup peers ## The same with all peers, on one thread and on two; takes hours the first time
 	$(BIN)/python -m benchmarks.speed --ways all --threads 1 2 --output out/speed-all.json

@@ -8,6 +8,9 @@ a shared machine hits them all. A figure is CPU time of the process on one threa
 turns; a ratio is one of such figures of the same run. With `--threads 2` there is time by the clock on the wall as
 well, which other work on the machine does disturb.
 
+pockc has a memory budget of 4 GiB, which no case fills: PyTorch takes what it wants as well. A program that is built
+without a budget computes again what is cheap to compute: its arena is up to 22% smaller, a step up to 12% longer.
+
 PyTorch runs in three ways: eager with contiguous tensors, eager with channels-last ones (where there are convolutions),
 and `torch.compile`. "Best" is the fastest of those for a case. Batch norms are in eval mode there; pockc folds them.
 `pockc-bf16` and PyTorch's `autocast` keep activations in bf16: their losses may differ by its roundoff, and they are
@@ -38,6 +41,7 @@ SCHEMES = ("full", "bias-only", "sparse")
 PYTORCH = ("contiguous", "channels-last", "compile")
 BF16 = speed_report.BF16
 CACHED = speed_report.CACHED
+OTHER_LOSSES = "its losses"  # how an error of that kind begins
 TURN_MS = 250.0  # a turn has as many steps as fit, at least one
 LEAST_ROUNDS, MOST_ROUNDS = 3, 12
 
@@ -262,7 +266,7 @@ def measure(case: Case, scheme: str, sides: Sides, folder: Path, seconds: float)
     reference = taken.get("contiguous", taken["pockc"]).losses
     differences = {way: loss_error(steps.losses, reference) for way, steps in taken.items()}
     errors |= {
-        way: f"its losses {_shown(taken[way].losses)} are not those of the others, {_shown(reference)}"
+        way: f"{OTHER_LOSSES} {_shown(taken[way].losses)} are not those of the others, {_shown(reference)}"
         for way, difference in differences.items()
         if not difference <= WAYS[way].loss_tolerance
     }
@@ -349,7 +353,7 @@ def truth_bars(results: Sequence[Result]) -> list[report.Bar]:
     for result in results:
         losses = result.timings["pockc"].losses if "pockc" in result.timings else (math.nan, math.nan)
         moved = abs(losses[-1] - losses[0]) / abs(losses[0])
-        wrong = sum("losses" in error for error in result.errors.values())
+        wrong = sum(error.startswith(OTHER_LOSSES) for error in result.errors.values())
         bars.append(report.Bar(f"{result.title}: relative move of the loss", moved, at_least=LOSS_TOLERANCE))
         bars.append(report.Bar(f"{result.title}: sides with other losses", wrong, at_most=0))
     return bars

@@ -13,6 +13,8 @@ import pockc
 from benchmarks import memory_peer, runner, zoo
 from benchmarks.speed_sides import protocol
 
+ROOM = 4 << 30  # bytes, more than any program needs
+
 
 class PockcStep:
     """A compiled program in a session, with activations of a dtype.
@@ -30,6 +32,7 @@ class PockcStep:
             optimizer=pockc.SGD(lr=task.learning_rate),
             scheme=task.scheme,
             entries=("train_step",),
+            memory_budget=ROOM,
             cache_prefix=cached,
             dtype=dtype,
         )
