@@ -68,7 +68,7 @@ def within(budget: int, recipe: Recipe, plan: Plan) -> Program:
 
     if peak <= budget:
         found = Attempt(transient, unconstrained, recipe)
-        if budget - fixed > transient:  # room to keep what a program without a budget computes again
+        if budget - fixed > transient and _computes_again(unconstrained):
             roomy = attempt(budget - fixed)
             found = roomy if roomy.peak <= budget and roomy.seconds < found.seconds else found
         return _noted(found.program, found.recipe, budget, peak)
@@ -84,6 +84,12 @@ def within(budget: int, recipe: Recipe, plan: Plan) -> Program:
         f"{smallest:,}, of which {fixed:,} are parameters, optimizer state and weights",
         smallest=smallest,
     )
+
+
+def _computes_again(program: Program) -> bool:
+    """Whether there is something to keep where there is room: results of the forward pass, or logits of tiles."""
+    nodes = (node for graph in program.entries.values() for node in graph.nodes)
+    return any(node.origin.phase == "recompute" or node.op == "cross_entropy_grad_tile" for node in nodes)
 
 
 def _ladder(transient: int, room: int) -> list[int]:

@@ -16,7 +16,7 @@ from benchmarks import zoo
 from pockc.budget import LADDER, within
 from pockc.entries import Traced
 from pockc.errors import BudgetError
-from pockc.ir import Builder, Graph, TensorType
+from pockc.ir import Builder, Graph, Origin, Phase, TensorType
 from pockc.optim import SGD
 from pockc.pipeline import Known, Manager, Pass
 from pockc.recipe import Recipe
@@ -33,6 +33,11 @@ class Planned:
     transient: int
     metadata: dict[str, Any] = field(default_factory=dict)
     state_bytes: int = STATES
+    phase: Phase = "recompute"
+
+    @property
+    def entries(self) -> dict[str, Any]:
+        return {"train_step": SimpleNamespace(nodes=[SimpleNamespace(op="gelu", origin=Origin(phase=self.phase))])}
 
     @property
     def arena_bytes(self) -> int:
@@ -51,6 +56,7 @@ class Compiler:
     least: int = 100
     others: int = 0
     most: int = 5000
+    phase: Phase = "recompute"
     asked: list[tuple[int | None, int | None]] = field(default_factory=list)
 
     def plan(self, recipe: Recipe, limit: int | None) -> Planned:
@@ -58,7 +64,8 @@ class Compiler:
         self.asked.append((target, limit))
         step = 5000 if target is None else max(self.least, min(target, self.most) + self.miss)
         recipe.decisions["estimated_seconds"] = 1 / step
-        return Planned(step if limit is not None and STATES + step > limit else max(step, self.others))
+        transient = step if limit is not None and STATES + step > limit else max(step, self.others)
+        return Planned(transient, phase=self.phase)
 
 
 def fitted(compiler: Compiler, budget: int) -> Any:
@@ -76,6 +83,12 @@ def test_room_beyond_the_peak_is_used_where_that_is_faster_and_fits(miss: int, m
     compiler = Compiler(miss=miss, most=most)
     assert fitted(compiler, 9500 if miss else 9000).transient == transient
     assert compiler.asked == [(None, None), (8500 if miss else 8000, 9500 if miss else 9000)]
+
+
+def test_room_is_no_use_where_nothing_is_computed_again() -> None:
+    compiler = Compiler(most=7000, phase="backward")
+    assert fitted(compiler, 9000).transient == 5000
+    assert compiler.asked == [(None, None)]
 
 
 def test_a_language_model_with_room_computes_less_again() -> None:
@@ -120,7 +133,8 @@ class Erratic(Compiler):
         self.asked.append((target, limit))
         step = 5000 if target is None else random.Random(f"{self.seed} {target}").randint(1000, max(1000, 2 * target))
         recipe.decisions["estimated_seconds"] = 1 / step
-        return Planned(step if limit is not None and STATES + step > limit else max(step, self.others))
+        transient = step if limit is not None and STATES + step > limit else max(step, self.others)
+        return Planned(transient, phase=self.phase)
 
 
 @pytest.mark.parametrize("others", [0, 2500])
