@@ -1,5 +1,6 @@
 // insert(base, part; axis, start): base with part written over it from start on along axis. out may be base.
-// insert(part; axis, start) is the first part of a tensor that others complete: the rest of out is left alone.
+// insert(part; axis, start) is the first part of a tensor that others complete: the rest of out is left
+// alone.
 #include "common.h"
 
 namespace pockc::ref {
