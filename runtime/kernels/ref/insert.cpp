@@ -1,6 +1,5 @@
 // insert(base, part; axis, start): base with part written over it from start on along axis. out may be base.
-// insert(part; axis, start) is the first part of a tensor that others complete: the rest of out is left
-// alone.
+// insert(part; axis, start): the first part of a tensor that others complete. The rest of out stays.
 #include "common.h"
 
 namespace pockc::ref {
