@@ -63,11 +63,11 @@ def run(graph: Graph, recipe: Recipe) -> Graph:
     rewriter = Rewriter(graph)
     slices: dict[tuple[Value, Range], Value] = {}
     for node in graph.nodes:
-        part = narrowed.get(node.outputs[0])
-        reads = _reads(node, part) if part is not None else None
         if node.op == "slice" and node.inputs[0] in narrowed:
             rewriter.replace(node.outputs[0], rewriter[node.inputs[0]])
             continue
+        part = narrowed.get(node.outputs[0])
+        reads = _reads(node, part) if part is not None else None
         if part is None or reads is None:
             rewriter.keep(node)
             continue

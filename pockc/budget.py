@@ -5,7 +5,7 @@ pass chooses by estimates (:mod:`pockc.passes.fit_memory`); here its target is c
 
 What finished plans take does not fall with their targets step by step. Whether a budget can be met is therefore decided
 by a few targets that all budgets have in common, the `LADDER`: the least that an error names can be met, and nothing
-below it. Targets between these only make programs faster.
+below it. Targets between these only make programs faster, and so do targets above what a program takes by itself.
 """
 
 from __future__ import annotations
