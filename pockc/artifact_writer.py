@@ -28,6 +28,7 @@ MAGIC = b"\x89POCK\r\n\x1a"
 VERSION = 3  # of files with 16-bit activations; see `Tables.version` for others, which older readers take
 HEADER = struct.Struct("<8sIIQII32s")  # magic, version, sections, file size, table CRC, header CRC, model hash
 SECTION = struct.Struct("<IIQQ")  # id, CRC, offset, size
+PRODUCTS = {"fp16": 1, "bf16": 2}  # what the section `half_arithmetic` says
 SECTION_IDS = {"metadata": 1, "program": 2, "data": 3, "golden": 4, "half_arithmetic": 5}
 ALIGNMENT, DATA_ALIGNMENT = 64, 4096
 DTYPE_CODES = (*(dtype for dtype in DTYPES if not is_half(dtype)), *COMPACT_DTYPES, *HALF_DTYPES)
@@ -65,7 +66,7 @@ def write_tables(tables: Tables, path: str | Path, metadata: Mapping[str, Any], 
     if golden:
         sections["golden"] = [golden]
     if metadata.get("half_arithmetic"):
-        sections["half_arithmetic"] = [struct.pack("<I", 1)]
+        sections["half_arithmetic"] = [struct.pack("<I", PRODUCTS[metadata["dtype"]])]
     model_hash = hashlib.sha256(body + tables.signature()).digest()
     positions = _positions(sections)
     write_atomically(Path(path), _layout(sections, positions, model_hash, tables.version))

@@ -50,7 +50,7 @@ class Choices:
         "f32"
     )
     half_arithmetic: Annotated[
-        bool, typer.Option("--half-arithmetic", help="With --dtype fp16: multiply in 16 bits where the CPU can.")
+        bool, typer.Option("--half-arithmetic", help="With --dtype bf16 or fp16: multiply so too where the CPU can.")
     ] = False
     loss_scale: Annotated[
         str | None,

@@ -17,10 +17,10 @@ def check_dtype(dtype: str, half_arithmetic: bool, prefix_dtype: str, saved_dtyp
     """Raise UserError for activations that do not exist, or not together."""
     if dtype not in get_args(Dtype):
         raise UserError(f"dtype is {dtype!r}", supported=", ".join(get_args(Dtype)))
-    if half_arithmetic and dtype != "fp16":
+    if half_arithmetic and dtype == "f32":
         raise UserError(
-            f"half_arithmetic is for activations in fp16, but dtype is {dtype!r}",
-            instead="Leave half_arithmetic out, or give dtype 'fp16'.",
+            f"half_arithmetic is for activations in 16 bits, but dtype is {dtype!r}",
+            instead="Leave half_arithmetic out, or give dtype 'bf16' or 'fp16'.",
         )
     for name, value in (("prefix_dtype", prefix_dtype), ("saved_dtype", saved_dtype)):
         if dtype != "f32" and value != "f32":

@@ -35,6 +35,7 @@ class PockcStep:
             memory_budget=ROOM,
             cache_prefix=cached,
             dtype=dtype,
+            half_arithmetic=dtype != "f32",
         )
         self.trained = tuple(program.metadata["trained"])
         batch = memory_peer.batch_of(inputs, task.loss)

@@ -14,7 +14,7 @@ namespace {
 constexpr double kTolerance = 1e-4;        // of the largest expected value
 constexpr double kHalfTolerance = 0x1p-6;  // the same where products are in 16 bits
 
-bool multiplies_halves(const Program& program) { return program.half_arithmetic && has_half_arithmetic(); }
+bool multiplies_halves(const Program& program) { return has_half_arithmetic(program.half_arithmetic); }
 
 template <typename T>
 T element(const void* data, int64_t index) {
@@ -99,10 +99,11 @@ bool has_golden(const SafetensorsFile& golden, const EntryRecord& entry) {
   return false;
 }
 
-Status test_all(const Options& options, int* failures, bool* half_arithmetic) {
+Status test_all(const Options& options, int* failures, const char** products) {
   Program program;
   POCKC_TRY(load_program(options.model.c_str(), &program));
-  *half_arithmetic = multiplies_halves(program);
+  if (multiplies_halves(program))
+    *products = program.half_arithmetic == DType::kF16 ? ", products in fp16" : ", products in bf16";
   if (program.golden.data == nullptr) {
     return fail(PK_NOT_FOUND, "%s holds no golden vectors: rebuild it with them", options.model.c_str());
   }
@@ -126,10 +127,10 @@ Status test_all(const Options& options, int* failures, bool* half_arithmetic) {
 
 int selftest(const Options& options) {
   int failures = 0;
-  bool half_arithmetic = false;
-  if (test_all(options, &failures, &half_arithmetic) != PK_OK) return report_failure();
+  const char* products = "";
+  if (test_all(options, &failures, &products) != PK_OK) return report_failure();
   std::printf("%s (instruction set %s%s)\n", failures == 0 ? "selftest passed" : "selftest FAILED",
-              best_isa(), half_arithmetic ? ", products in fp16" : "");
+              best_isa(), products);
   return failures == 0 ? 0 : 1;
 }
 

@@ -38,5 +38,11 @@ constexpr unsigned kWideVectors = bit(5) | bit(6) | bit(7);          // masks, z
 bool cpu_has_avx2() { return has(kAvx2, kVectors); }
 bool cpu_has_avx512() { return has(kAvx2 | kAvx512, kVectors | kWideVectors); }
 
+bool cpu_has_avx512_bf16() {
+  constexpr unsigned kBf16 = bit(5);  // leaf 7, second part, EAX
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return cpu_has_avx512() && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && all_of(a, kBf16);
+}
+
 }  // namespace pockc
 #endif

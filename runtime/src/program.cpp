@@ -140,6 +140,18 @@ const char* Program::metadata_text() const {
   return metadata_copy_.c_str();
 }
 
+namespace {
+
+// Of the section that asks for arithmetic of 16-bit numbers, as FORMAT.md has it.
+DType products_of(Bytes section) {
+  uint32_t number = 0;
+  if (section.data != nullptr && section.size == sizeof(number))
+    std::memcpy(&number, section.data, sizeof(number));
+  return number == 1 ? DType::kF16 : number == 2 ? DType::kB16 : DType::kF32;
+}
+
+}  // namespace
+
 Status load_program(const char* path, Program* program) {
   POCKC_TRY(program->file.open(path));
   return read_program(path, program);
@@ -161,7 +173,7 @@ Status read_program(const char* path, Program* program) {
   }
   program->data = sections.of[kData];
   program->golden = sections.of[kGolden];
-  program->half_arithmetic = sections.of[kHalfArithmetic].data != nullptr;
+  program->half_arithmetic = products_of(sections.of[kHalfArithmetic]);
   POCKC_TRY(read_program_section(sections.of[kProgram], program));
   POCKC_TRY(check_program(*program));
   program->file.drop_pages();  // the checks have read more than training touches

@@ -123,7 +123,7 @@ struct Program {
   Bytes data;    // the DATA section
   Bytes golden;  // the GOLDEN section; empty when there is none
   // Products of f16 are multiplied in 16 bits where the CPU can: the HALF_ARITHMETIC section is there.
-  bool half_arithmetic = false;
+  DType half_arithmetic = DType::kF32;  // kF16 or kB16: products of these as such, where the CPU can
 
   uint64_t state_bytes = 0;
   uint64_t arena_bytes = 0;

@@ -50,7 +50,7 @@ namespace pockc::simd_dotprod {
 #endif
 #if defined(POCKC_HAS_FP16)
 namespace pockc::simd_fp16 {
-#define POCKC_FP16 POCKC_DECLARE_SIMD
+#define POCKC_HALF_PRODUCTS POCKC_DECLARE_SIMD
 #include "kernels.inc"
 }  // namespace pockc::simd_fp16
 #endif
@@ -72,6 +72,12 @@ namespace pockc::simd_avx512 {
 #define POCKC_SIMD POCKC_DECLARE_SIMD
 #include "kernels.inc"
 }  // namespace pockc::simd_avx512
+#if defined(POCKC_HAS_BF16)
+namespace pockc::simd_bf16 {
+#define POCKC_HALF_PRODUCTS POCKC_DECLARE_SIMD
+#include "kernels.inc"
+}  // namespace pockc::simd_bf16
+#endif
 #endif
 
 namespace pockc {
@@ -98,7 +104,8 @@ constexpr KernelEntry kDotprod[] = {
 #endif
 #if defined(POCKC_HAS_FP16)
 constexpr KernelEntry kFp16[] = {
-#define POCKC_FP16(op) {#op, "simd-neon-fp16", nullptr, simd_fp16::accepts_##op, simd_fp16::run_##op},
+#define POCKC_HALF_PRODUCTS(op) \
+  {#op, "simd-neon-fp16", nullptr, simd_fp16::accepts_##op, simd_fp16::run_##op},
 #include "kernels.inc"
     kEnd};
 #endif
@@ -120,6 +127,13 @@ constexpr KernelEntry kAvx512[] = {
 #define POCKC_SIMD(op) {#op, "simd-avx512", nullptr, simd_avx512::accepts_##op, simd_avx512::run_##op},
 #include "kernels.inc"
     kEnd};
+#if defined(POCKC_HAS_BF16)
+constexpr KernelEntry kBf16[] = {
+#define POCKC_HALF_PRODUCTS(op) \
+  {#op, "simd-avx512-bf16", nullptr, simd_bf16::accepts_##op, simd_bf16::run_##op},
+#include "kernels.inc"
+    kEnd};
+#endif
 #endif
 
 struct HalfForm {
@@ -241,6 +255,18 @@ const KernelEntry* find(const KernelEntry* table, const char* op) {
   return nullptr;
 }
 
+// The kernels that multiply numbers of this dtype as such; null where this build or the CPU has none.
+const KernelEntry* half_products(DType dtype) {
+#if defined(POCKC_HAS_FP16) && defined(__linux__)
+  constexpr unsigned long kHalfArithmetic = 1ul << 10;  // HWCAP_ASIMDHP
+  if (dtype == DType::kF16 && (getauxval(AT_HWCAP) & kHalfArithmetic) != 0) return kFp16;
+#elif defined(POCKC_HAS_AVX512) && defined(POCKC_HAS_BF16)
+  if (dtype == DType::kB16 && cpu_has_avx512_bf16()) return kBf16;
+#endif
+  (void)dtype;
+  return nullptr;
+}
+
 const KernelEntry* added = nullptr;
 
 const InstructionSet* find_instruction_set(const char* isa) {
@@ -277,23 +303,12 @@ const KernelEntry* find_simd(const char* op, const char* isa) {
 
 const KernelEntry* find_simd(const char* op) { return find_simd(op, nullptr); }
 
-bool has_half_arithmetic() {
-#if defined(POCKC_HAS_FP16) && defined(__linux__)
-  constexpr unsigned long kHalfArithmetic = 1ul << 10;  // HWCAP_ASIMDHP
-  return (getauxval(AT_HWCAP) & kHalfArithmetic) != 0;
-#else
-  return false;
-#endif
+const KernelEntry* find_half_arithmetic(const char* op, DType dtype) {
+  const KernelEntry* table = half_products(dtype);
+  return table == nullptr ? nullptr : find(table, op);
 }
 
-const KernelEntry* find_half_arithmetic(const char* op) {
-#if defined(POCKC_HAS_FP16)
-  return has_half_arithmetic() ? find(kFp16, op) : nullptr;
-#else
-  (void)op;
-  return nullptr;
-#endif
-}
+bool has_half_arithmetic(DType dtype) { return half_products(dtype) != nullptr; }
 
 const char* best_isa() {
   const InstructionSet* set = find_instruction_set(nullptr);

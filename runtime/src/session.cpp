@@ -110,8 +110,8 @@ Status Session::bind_call(const SessionSettings& settings, const CallRecord& rec
   }
   bound->run = reference->run;
   if (settings.reference_only && has_reference) return PK_OK;
-  if (program_->half_arithmetic && settings.isa == nullptr && !settings.reference_only) {
-    const KernelEntry* half = find_half_arithmetic(op);
+  if (settings.isa == nullptr && !settings.reference_only) {
+    const KernelEntry* half = find_half_arithmetic(op, program_->half_arithmetic);
     if (half != nullptr && half->accepts(call)) {
       bound->run = half->run;
       return PK_OK;

@@ -35,8 +35,9 @@ typedef struct kernel_call {
 } kernel_call;
 
 // Checks the call as a program's load does, data pointers null, then runs it. `provider` is "ref", "simd"
-// (the best instruction set of this CPU) or "simd-<instruction set>"; a simd kernel that is missing, does not
-// run here or does not accept the call gives PK_UNSUPPORTED, an unknown op PK_NOT_FOUND.
+// (the best instruction set of this CPU), "simd-<instruction set>", or "half-f16" or "half-b16", which
+// multiply such numbers as such; a simd kernel that is missing, does not run here or does not accept the call
+// gives PK_UNSUPPORTED, an unknown op PK_NOT_FOUND.
 PK_API int32_t kernel_shim_run(const char* op, const char* provider, const kernel_call* arguments) {
   const pockc::KernelEntry* reference = pockc::find_reference(op);
   if (reference == nullptr) return PK_NOT_FOUND;
@@ -68,6 +69,8 @@ PK_API int32_t kernel_shim_run(const char* op, const char* provider, const kerne
   if (std::strcmp(provider, "ref") != 0) {
     const char* dash = std::strchr(provider, '-');
     entry = dash == nullptr ? pockc::find_simd(op) : pockc::find_simd(op, dash + 1);
+    if (std::strcmp(provider, "half-f16") == 0) entry = pockc::find_half_arithmetic(op, pockc::DType::kF16);
+    if (std::strcmp(provider, "half-b16") == 0) entry = pockc::find_half_arithmetic(op, pockc::DType::kB16);
     if (entry == nullptr || !entry->accepts(call)) return PK_UNSUPPORTED;
   } else if (!has_reference && arguments->check_only == 0) {
     return PK_UNSUPPORTED;

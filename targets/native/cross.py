@@ -69,13 +69,15 @@ def build_onnxruntime_runner(device: Device, folder: Path, choice: str | None = 
 def kernel_list(program: Program, device: Device) -> str:
     """A kernels.inc with the kernels of a program, in the instruction set of its board alone where it names one."""
     used = {node.op for graph in program.entries.values() for node in graph.nodes}
+    products = "bf16" if device.is_x86 else "fp16"  # what such processors may multiply
+    multiplies_halves = program.metadata.get("half_arithmetic") and program.metadata["dtype"] == products
     complete = (toolchain.runtime_sources() / "kernels" / "kernels.inc").read_text()
 
     def keep(line: str) -> bool:
-        entry = re.match(r"POCKC_(REF|SIMD|DOTPROD|FP16)\((\w+)\)", line)
+        entry = re.match(r"POCKC_(REF|SIMD|DOTPROD|HALF_PRODUCTS)\((\w+)\)", line)
         if entry is None:
             return True
-        return entry[2] in used and (entry[1] != "FP16" or bool(program.metadata.get("half_arithmetic")))
+        return entry[2] in used and (entry[1] != "HALF_PRODUCTS" or multiplies_halves)
 
     others = [name for name in _X86_SETS if device.instruction_set not in ("", name)]
     left_out = "".join(f"#define POCKC_WITHOUT_{name.upper()}\n" for name in others)

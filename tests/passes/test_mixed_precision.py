@@ -194,6 +194,16 @@ def test_micro_batches_budgets_and_frozen_weights_go_with_it(tmp_path: Path) -> 
     np.testing.assert_allclose(losses, losses[0], rtol=tolerances("bf16")[0])
 
 
+BOARDS = ("rpi5", "x86-64-avx512")
+
+
+def test_board_gets_the_products_of_its_processor() -> None:
+    model, inputs = convolutional()
+    program = pockc.build(model, inputs, optimizer=AdamW(lr=1e-3), dtype="bf16", half_arithmetic=True)
+    listed = {name: "HALF_PRODUCTS(conv2d)\n" in kernel_list(program, devices.find(name)) for name in BOARDS}
+    assert listed == {"rpi5": False, "x86-64-avx512": True}
+
+
 @pytest.mark.native
 def test_half_arithmetic_is_in_the_file_and_changes_nothing_on_a_cpu_without(tmp_path: Path) -> None:
     model, inputs = convolutional()
@@ -202,7 +212,8 @@ def test_half_arithmetic_is_in_the_file_and_changes_nothing_on_a_cpu_without(tmp
         program = pockc.build(model, inputs, optimizer=AdamW(lr=1e-3), dtype="fp16", half_arithmetic=asked)
         program.save(path := tmp_path / "model.pock")
         assert read(path).metadata["half_arithmetic"] is asked
-        assert ("POCKC_FP16(conv2d)\n" in kernel_list(program, devices.find("rpi5"))) is asked
+        listed = {name: "HALF_PRODUCTS(conv2d)\n" in kernel_list(program, devices.find(name)) for name in BOARDS}
+        assert listed == {"rpi5": asked, "x86-64-avx512": False}
         hashes.append(read(path).model_hash)
         with pockc.Session(path) as session:
             batch = {"labels": np.arange(8) % 10, program.entries["infer"].inputs[0].name: inputs[0].numpy()}
@@ -220,7 +231,7 @@ def test_half_arithmetic_is_in_the_file_and_changes_nothing_on_a_cpu_without(tmp
         ({"dtype": "bf16", "saved_dtype": "int8"}, "there is no such mixture"),
         ({"dtype": "fp16", "prefix_dtype": "int8", "calibration": "example"}, "there is no such mixture"),
         ({"dtype": "fp16", "loss_scale": 1000.0}, "loss_scale is 1000.0"),
-        ({"dtype": "bf16", "half_arithmetic": True}, "half_arithmetic is for activations in fp16, but dtype is 'bf16'"),
+        ({"half_arithmetic": True}, "half_arithmetic is for activations in 16 bits, but dtype is 'f32'"),
     ],
 )
 def test_what_does_not_go_with_it_is_refused(options: dict[str, Any], message: str) -> None:

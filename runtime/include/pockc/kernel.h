@@ -160,10 +160,10 @@ const KernelEntry* find_simd(const char* op);
 // The same from one instruction set ("baseline", "avx2", "avx512", "neon"; null: the best); null when the CPU
 // lacks it.
 const KernelEntry* find_simd(const char* op, const char* isa);
-// The kernel of this op that multiplies in 16 bits, for programs that ask for it; null where there is none,
-// or the CPU has no such arithmetic.
-const KernelEntry* find_half_arithmetic(const char* op);
-bool has_half_arithmetic();
+// The kernel of this op that multiplies numbers of this 16-bit dtype, for programs that ask for it; null
+// where there is none, or the CPU has no such arithmetic.
+const KernelEntry* find_half_arithmetic(const char* op, DType dtype);
+bool has_half_arithmetic(DType dtype);
 // The name of the instruction set that is used here; "reference" where this build has none.
 const char* best_isa();
 // What this build needs and the CPU lacks, in words; null where it runs here. Only a pock-run that was made

@@ -51,15 +51,16 @@ LeftPanel prepare_left(const Gemm& gemm, int64_t m0, int rows, int64_t k0, int64
   return {copy, stride, true};
 }
 
-// Panels of a transposed A are packed, [k][kTileRows], unless they are used for few tiles: a step of the
+// Panels of a transposed A are packed, [k][kLeftPitch], unless they are used for few tiles: a step of the
 // microkernel then reads one or two cache lines that follow upon those of the step before. Whole vectors are
-// written, in order: what a step writes too much the next one mends.
+// written, in order: what a step writes too much the next one mends, but where steps shall be paired.
 constexpr int64_t kPanelWidth = (kTileRows + W - 1) / W * W;
+constexpr int64_t kLeftPitch = kPaired ? kPanelWidth : kTileRows;
 constexpr int64_t kMostPanels = kMostRows / kTileRows;
 
 // Between packed panels: padded, for what the last step writes too much, and so that they do not share cache
 // sets.
-int64_t panel_pitch(int64_t depth) { return round_up(depth * kTileRows, 16) + kPadding; }
+int64_t panel_pitch(int64_t depth) { return round_up(depth * kLeftPitch, 16) + kPadding; }
 
 bool is_packed(const LeftMatrix& a, int64_t columns) {
   if (!a.transposed || a.patches != nullptr) return false;
@@ -81,7 +82,7 @@ void pack_left(const Gemm& gemm, const RowSplit& split, int64_t first, int64_t e
   const int64_t panels = end - first, span = row[panels - 1] + kPanelWidth - row[0];
   for (int64_t k = 0; k < depth; ++k) {
     const T* line = data + (k0 + k) * a.stride;
-    Element* to = packed + k * kTileRows;
+    Element* to = packed + k * kLeftPitch;
     if (limit - (line + row[0]) >= span) {
       const T* later = line + minimum(kRowsAhead, depth - 1 - k) * a.stride + row[0];
       for (int64_t i = 0; i < span; i += kLineFloats) __builtin_prefetch(later + i);
@@ -98,6 +99,8 @@ void pack_left(const Gemm& gemm, const RowSplit& split, int64_t first, int64_t e
       }
     }
   }
+  for (int64_t p = 0; kPaired && p < panels; ++p)
+    pair_rows(packed + p * panel_pitch(depth), depth, kPanelWidth);
 }
 
 // --- blocks ---
@@ -125,6 +128,7 @@ void prepare_right(const Gemm& gemm, int64_t k0, int64_t depth, int64_t n0, int6
     const bool stays = n < whole;
     block->panel[index] = stays ? right_in_place(gemm.b, k0, n0 + n) : packed + n * depth;
     block->stride[index] = stays ? gemm.b.stride : panel_width(columns - n);
+    if (kPaired) pair_rows(packed + n * depth, depth, panel_width(columns - n));
   }
 }
 
@@ -224,7 +228,7 @@ void multiply_packed(const Gemm& gemm, const Element* packed, const RowSplit& sp
   int64_t row[kMostPanels + 1];
   for (int64_t p = 0; p <= panels; ++p) row[p] = split.begin(first + p) - m0;
   Tile tile = first_tile(gemm, k0, depth);
-  tile.a_stride = kTileRows;
+  tile.a_stride = kLeftPitch;
   for (int64_t n = 0; n < columns; n += kTileColumns) {
     set_columns(gemm, block, n0, columns, n, &tile);
     tile.a = packed;

@@ -21,8 +21,9 @@
 // 16-bit operands are converted to floats while they are copied or packed. A C of halves is computed in
 // blocks of at most kSumFloats floats in scratch memory, which are then rounded, whatever the depth.
 //
-// 16-bit products. The set `fp16` of 64-bit ARM has this file with panels of halves and the microkernel of
-// gemm_half.h: for an A of halves, in programs that ask for such arithmetic. Scratch memory is as for floats.
+// 16-bit products. The sets `fp16` of 64-bit ARM and `bf16` of x86 have this file with panels of halves and
+// the microkernel of gemm_half.h or gemm_bf16.h: for an A of halves, in programs that ask for such
+// arithmetic. Scratch memory is as for floats.
 //
 // Bits. Per output element: k ascending in one chain of fma within each kDepth block, blocks added in order,
 // then bias. Neither tile shape nor thread count enters.
@@ -37,13 +38,21 @@
 namespace pockc {
 namespace POCKC_SIMD_NAMESPACE {
 
+// What panels hold.
 #if defined(__ARM_FEATURE_FP16_VECTOR_ARITHMETIC)
-constexpr bool kHalfProducts = true;
+using Element = F16;
+constexpr DType kMultiplied = DType::kF16;
+#elif defined(__AVX512BF16__)
+using Element = B16;
+constexpr DType kMultiplied = DType::kB16;
 #else
-constexpr bool kHalfProducts = false;
+using Element = float;
+constexpr DType kMultiplied = DType::kF32;
 #endif
+constexpr bool kHalfProducts = kMultiplied != DType::kF32;
+constexpr bool kPaired = kMultiplied == DType::kB16;  // steps of k: see gemm_bf16.h
 // Whether a left operand of this dtype is multiplied here.
-inline bool is_multiplied(DType left) { return !kHalfProducts || left == DType::kF16; }
+inline bool is_multiplied(DType left) { return !kHalfProducts || left == kMultiplied; }
 
 constexpr int64_t kDepth = 256;    // part of the result's definition: the same everywhere
 constexpr int64_t kColumns = 384;  // most columns of a block: kDepth x kColumns floats are 384 KiB

@@ -4,24 +4,24 @@
 // x 32 (28 sums + 2 + 1 of 32), AVX2 6 x 16 (12 + 2 + 1 of 16), NEON 8 x 12 (24 + 3 + 2 of 32), SSE2 and
 // 32-bit NEON 6 x 8 (12 + 2 + 1 of 16), scalar registers of RISC-V 6 x 4 (24 + 4 + 1 of 32).
 // Every row count up to the full one is compiled, so that a matrix of few rows wastes nothing and row
-// remainders are spread evenly. Of halves: gemm_half.h.
+// remainders are spread evenly. Of halves: gemm_half.h, gemm_bf16.h.
 #ifndef POCKC_SIMD_GEMM_KERNEL_H_
 #define POCKC_SIMD_GEMM_KERNEL_H_
 
 #include "simd/gemm.h"
 #if defined(__ARM_FEATURE_FP16_VECTOR_ARITHMETIC)
 #include "simd/gemm_half.h"
+#elif defined(__AVX512BF16__)
+#include "simd/gemm_bf16.h"
 #endif
 
 namespace pockc {
 namespace POCKC_SIMD_NAMESPACE {
 
 #if defined(__ARM_FEATURE_FP16_VECTOR_ARITHMETIC)
-using Element = F16;  // of panels
 constexpr int kTileRows = 8, kTileVectors = 4;
 constexpr int kPanelStep = 8;  // panels are multiples of that wide
 #else
-using Element = float;
 constexpr int kPanelStep = W;
 #if defined(__AVX512F__)
 constexpr int kTileRows = 14, kTileVectors = 2;
@@ -79,6 +79,8 @@ void micro_kernel(const Tile& t) {
   vf sum[R][V];
 #if defined(__ARM_FEATURE_FP16_VECTOR_ARITHMETIC)
   multiply_halves<R, V, RowMajor>(t.a, t.a_stride, t.b, t.depth, sum);
+#elif defined(__AVX512BF16__)
+  multiply_pairs<R, V, RowMajor>(t.a, t.a_stride, t.b, t.depth, sum);
 #else
   POCKC_UNROLL
   for (int i = 0; i < R; ++i) {

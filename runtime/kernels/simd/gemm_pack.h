@@ -8,6 +8,10 @@
 namespace pockc {
 namespace POCKC_SIMD_NAMESPACE {
 
+#if !defined(__AVX512BF16__)
+inline void pair_rows(Element*, int64_t, int64_t) {}  // never called: nothing else is paired
+#endif
+
 // One vector-wide column strip of the panel from rows of B transposed: element k0 + k of row n0 + n. The rows
 // of the strip that follows are asked of the memory meanwhile.
 template <typename Rows>

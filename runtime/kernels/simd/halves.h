@@ -1,6 +1,6 @@
 // 16-bit numbers (kernels/half.h) in native vectors of floats: the same load_n and store_n as for floats,
 // so that a kernel takes them as a template over its elements. The same bits as the plain conversions, NaN
-// apart.
+// apart, and subnormal numbers where the hardware rounds to bfloat16.
 #ifndef POCKC_SIMD_HALVES_H_
 #define POCKC_SIMD_HALVES_H_
 
@@ -17,10 +17,14 @@ POCKC_INLINE vf widen(vh x, B16) {
 }
 
 POCKC_INLINE vh narrow(vf x, B16) {
+#if defined(__AVX512BF16__)
+  return reinterpret_cast<vh>(_mm512_cvtneps_pbh(x));  // subnormal numbers become zeros
+#else
   const vu bits = reinterpret_cast<vu>(x);
   const vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const vu quiet = (bits >> 16) | 0x40u;
   return __builtin_convertvector(x == x ? rounded : quiet, vh);
+#endif
 }
 
 #if defined(__F16C__) || defined(__aarch64__)
