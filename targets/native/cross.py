@@ -70,7 +70,7 @@ def kernel_list(program: Program, device: Device) -> str:
     """A kernels.inc with the kernels of a program, in the instruction set of its board alone where it names one."""
     used = {node.op for graph in program.entries.values() for node in graph.nodes}
     products = "bf16" if device.is_x86 else "fp16"  # what such processors may multiply
-    multiplies_halves = program.metadata.get("half_arithmetic") and program.metadata["dtype"] == products
+    multiplies_halves = bool(program.metadata.get("half_arithmetic")) and program.metadata["dtype"] == products
     complete = (toolchain.runtime_sources() / "kernels" / "kernels.inc").read_text()
 
     def keep(line: str) -> bool:
