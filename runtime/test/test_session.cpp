@@ -1,8 +1,10 @@
 // Sessions over the C ABI: running, memory, states, messages.
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <thread>
 
 #include "allocation_counter.h"
 #include "check.h"
@@ -242,6 +244,22 @@ TEST("the pool covers every index once, whatever its size") {
         for (const std::atomic<int>& hit : hits) CHECK(hit == 1);
       }
     }
+  }
+}
+
+TEST("no job of the pool is lost, whether its threads look out for it or sleep") {
+  for (const int threads : {2, 3, 7}) {
+    ThreadPool pool(threads);
+    int64_t sum = 0;
+    std::vector<int64_t> each(static_cast<size_t>(threads));
+    for (int job = 0; job < 3000; ++job) {
+      pool.parallel_for(threads, 1, [&](int64_t begin, int64_t end, int thread) {
+        each[static_cast<size_t>(thread)] = end - begin;
+      });
+      for (int64_t& done : each) sum += done, done = 0;
+      if (job % 100 == 99) std::this_thread::sleep_for(std::chrono::microseconds(300));  // all of them fall asleep
+    }
+    CHECK(sum == 3000 * threads);
   }
 }
 
