@@ -257,7 +257,8 @@ TEST("no job of the pool is lost, whether its threads look out for it or sleep")
         each[static_cast<size_t>(thread)] = end - begin;
       });
       for (int64_t& done : each) sum += done, done = 0;
-      if (job % 100 == 99) std::this_thread::sleep_for(std::chrono::microseconds(300));  // all of them fall asleep
+      if (job % 100 == 99)
+        std::this_thread::sleep_for(std::chrono::microseconds(300));  // all of them fall asleep
     }
     CHECK(sum == 3000 * threads);
   }
