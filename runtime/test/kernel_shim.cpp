@@ -11,7 +11,10 @@ bool convert(const pk_tensor* tensors, int count, bool with_data, pockc::Tensor*
   if (count > kMostOperands) return false;
   for (int i = 0; i < count; ++i) {
     out[i].data = with_data ? tensors[i].data : nullptr;
-    out[i].dtype = static_cast<pockc::DType>(tensors[i].dtype);
+    int32_t code = 0;  // not one of pk_dtype where it is seen inside of a program alone
+    static_assert(sizeof(code) == sizeof(tensors[i].dtype), "an enumeration is an int");
+    std::memcpy(&code, &tensors[i].dtype, sizeof(code));
+    out[i].dtype = static_cast<pockc::DType>(code);
     out[i].rank = tensors[i].rank;
     std::memcpy(out[i].dims, tensors[i].dims, sizeof(out[i].dims));
   }

@@ -43,7 +43,7 @@ def sanitized(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_no_kernel_call_touches_memory_outside_its_operands() -> None:
-    files = [f"tests/native/{name}.py" for name in ("test_kernels", "test_half_products")]
+    files = [f"tests/native/{name}.py" for name in ("test_kernels", "test_half_kernels", "test_half_products")]
     done = sanitized("-m", "pytest", "-q", "-p", "no:cacheprovider", *files)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
