@@ -13,8 +13,8 @@ without a budget computes again what is cheap to compute: its arena is up to 22%
 
 PyTorch runs in three ways: eager with contiguous tensors, eager with channels-last ones (where there are convolutions),
 and `torch.compile`. "Best" is the fastest of those for a case. Batch norms are in eval mode there; pockc folds them.
-`pockc-bf16` and PyTorch's `autocast` keep activations in bf16: their losses may differ by its roundoff, and they are
-compared with each other.
+`pockc-bf16` and PyTorch's `autocast`, with either layout, keep activations in bf16, and multiply so where the CPU can:
+their losses may differ by its roundoff, and they are compared with each other.
 Compiling takes minutes per case; what was compiled is kept in .cache/peers/inductor, so the next run is quick. With
 `--compile-minutes` a run compiles no longer than that in all, and lists the cases that it had no time for.
 """
@@ -107,6 +107,7 @@ WAYS: dict[str, Way] = {
     "channels-last": Way("pytorch_side", ("channels-last",)),
     "compile": Way("pytorch_side", ("compile",), compiles=True),
     "autocast": Way("pytorch_side", ("autocast",), loss_tolerance=tolerances("bf16")[0]),
+    "autocast-channels-last": Way("pytorch_side", ("autocast-channels-last",), loss_tolerance=tolerances("bf16")[0]),
     "tensorflow": Way("tensorflow_side", environment="tensorflow"),
     "jax": Way("jax_side", environment="jax"),
     "onnxruntime": Way("onnxruntime_side", environment="onnxruntime"),
@@ -244,7 +245,8 @@ class Sides:
 
 def ways_of(case: Case, scheme: str, ways: Collection[str]) -> list[str]:
     """Those that make a difference: pockc first, channels-last only where there are images, a cache where it helps."""
-    left_out = {*(() if case.vision else ("channels-last",)), *(() if scheme == "sparse" else (CACHED,))}
+    image_layouts = ("channels-last", "autocast-channels-last")
+    left_out = {*(() if case.vision else image_layouts), *(() if scheme == "sparse" else (CACHED,))}
     return [way for way in WAYS if way in ways and way not in left_out]
 
 

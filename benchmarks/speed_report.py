@@ -84,8 +84,9 @@ def _against_best(result: Result) -> float | None:
 
 
 def _against_bf16(result: Result) -> float | None:
-    theirs, ours = result.timings.get("autocast"), result.timings.get(BF16)
-    return theirs.cpu / ours.cpu if theirs is not None and ours is not None else None
+    theirs = [result.timings[way].cpu for way in ("autocast", "autocast-channels-last") if way in result.timings]
+    ours = result.timings.get(BF16)
+    return min(theirs) / ours.cpu if theirs and ours is not None else None
 
 
 def _against(way: str) -> Callable[[Result], float | None]:

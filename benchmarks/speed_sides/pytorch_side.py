@@ -67,6 +67,7 @@ WAYS: dict[str, protocol.Opener] = {
     "channels-last": partial(PyTorchStep, layout="channels_last"),
     "compile": partial(PyTorchStep, layout="contiguous", compiled=True),
     "autocast": partial(PyTorchStep, layout="contiguous", autocast=True),
+    "autocast-channels-last": partial(PyTorchStep, layout="channels_last", autocast=True),
 }
 
 if __name__ == "__main__":
