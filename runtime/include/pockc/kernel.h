@@ -140,7 +140,8 @@ class ThreadPool {
 // What a program's calls are bound to at load.
 struct KernelEntry {
   const char* op;
-  // "ref", "simd-baseline", "simd-avx2", "simd-avx512", "simd-neon", "simd-neon-dotprod", "simd-neon-fp16"
+  // "ref", "simd-baseline", "simd-avx2", "simd-avx512", "simd-neon", "simd-neon-dotprod", "simd-neon-fp16",
+  // "simd-avx512-bf16"
   const char* provider;
   CheckFunction check;      // ref only
   AcceptsFunction accepts;  // null for ref
