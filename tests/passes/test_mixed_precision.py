@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import struct
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,12 +14,14 @@ from torch import nn
 
 import pockc
 from pockc.artifact import read
+from pockc.artifact_writer import SECTION_IDS
 from pockc.errors import UserError
 from pockc.interp import evaluate as interpret
 from pockc.ir import Graph, op_counts
 from pockc.ops.halves import is_weight_gradient
 from pockc.optim import SGD, AdamW
 from pockc.parity import tolerances, verify_against_torch
+from pockc.recipe import Dtype
 from pockc.targets import devices
 from pockc.targets.native.cross import kernel_list
 
@@ -202,6 +205,16 @@ def test_board_gets_the_products_of_its_processor() -> None:
     program = pockc.build(model, inputs, optimizer=AdamW(lr=1e-3), dtype="bf16", half_arithmetic=True)
     listed = {name: "HALF_PRODUCTS(conv2d)\n" in kernel_list(program, devices.find(name)) for name in BOARDS}
     assert listed == {"rpi5": False, "x86-64-avx512": True}
+
+
+@pytest.mark.parametrize(("dtype", "number"), [("fp16", 1), ("bf16", 2)])
+def test_file_names_the_dtype_of_its_products(tmp_path: Path, dtype: Dtype, number: int) -> None:
+    model, inputs = convolutional()
+    pockc.build(model, inputs, dtype=dtype, half_arithmetic=True).save(path := tmp_path / "model.pock")
+    file = path.read_bytes()
+    table = [struct.unpack_from("<IIQQ", file, 64 + 24 * i) for i in range(struct.unpack_from("<I", file, 12)[0])]
+    contents = {section: file[offset : offset + size] for section, _, offset, size in table}
+    assert contents[SECTION_IDS["half_arithmetic"]] == struct.pack("<I", number)
 
 
 @pytest.mark.native
