@@ -106,6 +106,16 @@ LARGER: list[tuple[str, tuple[TensorType, ...], Mapping[str, Any]]] = [
     ("matmul", (TensorType((523, 413)), TensorType((523, 395))), {"transpose_a": True}),
     ("matmul", (TensorType((523, 1024)), TensorType((523, 37))), {"transpose_a": True}),
     ("matmul", (TensorType((130, 523)), TensorType((395, 523))), {"transpose_b": True}),
+    *[("matmul", (TensorType((rows, 523)), TensorType((395, 523))), {"transpose_b": True}) for rows in (1, 8)],
+    # Of few channels, of which most patches are read where they lie: wide and narrow, with and without borders.
+    ("conv2d", (TensorType((2, 9, 113, 3)), TensorType((40, 3, 3, 3))), {"stride": (2, 2), "padding": (1, 1, 1, 1)}),
+    ("conv2d", (TensorType((1, 9, 60, 4)), TensorType((20, 5, 5, 4))), {"padding": (4, 0, 0, 6)}),
+    (
+        "conv2d",
+        (TensorType((1, 5, 41, 3)), TensorType((7, 7, 7, 3)), TensorType((7,))),
+        {"padding": (3, 3, 3, 3), "activation": "clip", "low": 0.0, "high": 6.0},
+    ),
+    ("conv2d", (TensorType((1, 30, 23, 5)), TensorType((9, 3, 3, 5))), {"dilation": (2, 1), "padding": (2, 2, 1, 1)}),
     ("conv2d_grad_weight", (TensorType((2, 12, 12, 50)), TensorType((2, 10, 10, 203))), {"kernel": (3, 3)}),
     ("transpose", (TensorType((3, 50, 7, 71)),), {"permutation": (0, 2, 1, 3)}),
     ("transpose", (TensorType((5, 3, 4, 2, 9)),), {"permutation": (3, 1, 0, 2, 4)}),

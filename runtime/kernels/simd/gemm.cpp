@@ -1,109 +1,14 @@
-// Panels of A, and the loops around the microkernel: see gemm.h.
+// The loops around the microkernel: see gemm.h.
 #include "simd/gemm.h"
 
+#include "simd/gemm_few.h"
 #include "simd/gemm_kernel.h"
+#include "simd/gemm_left.h"
 #include "simd/gemm_pack.h"
 
 namespace pockc {
 namespace POCKC_SIMD_NAMESPACE {
 namespace {
-
-// --- A ---
-
-// Rows in panels of nearly the same size.
-struct RowSplit {
-  int64_t m0, m1, panels;
-
-  RowSplit(int64_t m0, int64_t m1) : m0(m0), m1(m1), panels(divide_up(m1 - m0, kTileRows)) {}
-  POCKC_INLINE int64_t begin(int64_t panel) const { return m0 + (m1 - m0) * panel / panels; }
-};
-
-struct LeftPanel {
-  const Element* data;
-  int64_t stride;
-  bool row_major;
-};
-
-// Rows that lie a multiple of 4 KiB apart share cache sets: more of them than ways would evict each other.
-bool conflicts(int64_t stride) { return stride % 1024 == 0; }
-
-template <typename T>
-void copy_rows(const LeftMatrix& a, int64_t m0, int rows, int64_t k0, int64_t depth, Element* copy) {
-  const T* data = static_cast<const T*>(a.data) + m0 * a.stride + k0;
-  for (int i = 0; i < rows; ++i) copy_run(copy + i * (depth + kPadding), data + i * a.stride, depth);
-}
-
-LeftPanel prepare_left(const Gemm& gemm, int64_t m0, int rows, int64_t k0, int64_t depth, Element* copy) {
-  const LeftMatrix& a = gemm.a;
-  const int64_t stride = depth + kPadding;
-  if (a.patches != nullptr) {
-    GridPosition at(*a.patches, m0);
-    const PatchColumn first(*a.patches, k0);
-    for (int i = 0; i < rows; ++i, at.next(*a.patches))
-      copy_patch(*a.patches, at, first, depth, copy + i * stride);
-    return {copy, stride, true};
-  }
-  const Element* data = static_cast<const Element*>(a.data);
-  if (a.transposed) return {data + k0 * a.stride + m0, a.stride, false};
-  if (is_half(a.dtype) == kHalfProducts && !conflicts(a.stride))
-    return {data + m0 * a.stride + k0, a.stride, true};
-  with_elements(a.dtype, [&](auto zero) { copy_rows<decltype(zero)>(a, m0, rows, k0, depth, copy); });
-  return {copy, stride, true};
-}
-
-// Panels of a transposed A are packed, [k][kLeftPitch], unless they are used for few tiles: a step of the
-// microkernel then reads one or two cache lines that follow upon those of the step before. Whole vectors are
-// written, in order: what a step writes too much the next one mends, but where steps shall be paired.
-constexpr int64_t kPanelWidth = (kTileRows + W - 1) / W * W;
-constexpr int64_t kLeftPitch = kPaired ? kPanelWidth : kTileRows;
-constexpr int64_t kMostPanels = kMostRows / kTileRows;
-
-// Between packed panels: padded, for what the last step writes too much, and so that they do not share cache
-// sets.
-int64_t panel_pitch(int64_t depth) { return round_up(depth * kLeftPitch, 16) + kPadding; }
-
-bool is_packed(const LeftMatrix& a, int64_t columns) {
-  if (!a.transposed || a.patches != nullptr) return false;
-  return is_half(a.dtype) || conflicts(a.stride) || columns > 2 * kTileColumns;
-}
-
-// The panels `first` to `end` of the rows [m0, m1) of a matrix of T: as many together
-// as there is scratch memory for, because a step of k is a few cache lines, of which a panel alone would use
-// a part.
-template <typename T>
-void pack_left(const Gemm& gemm, const RowSplit& split, int64_t first, int64_t end, int64_t k0, int64_t depth,
-               Element* packed) {
-  const LeftMatrix& a = gemm.a;
-  // Whole vectors where the matrix goes on: what lies beyond the rows of a panel is never used.
-  const T* data = static_cast<const T*>(a.data);
-  const T* limit = data + (gemm.k - 1) * a.stride + gemm.m;
-  int64_t row[kMostPanels] = {};
-  for (int64_t p = first; p < end; ++p) row[p - first] = split.begin(p);
-  const int64_t panels = end - first, span = row[panels - 1] + kPanelWidth - row[0];
-  for (int64_t k = 0; k < depth; ++k) {
-    const T* line = data + (k0 + k) * a.stride;
-    Element* to = packed + k * kLeftPitch;
-    if (limit - (line + row[0]) >= span) {
-      const T* later = line + minimum(kRowsAhead, depth - 1 - k) * a.stride + row[0];
-      for (int64_t i = 0; i < span; i += kLineFloats) __builtin_prefetch(later + i);
-      for (int64_t p = 0; p < panels; ++p, to += panel_pitch(depth)) {
-        POCKC_UNROLL
-        for (int64_t i = 0; i < kPanelWidth; i += W) store(to + i, load(line + row[p] + i));
-      }
-      continue;
-    }
-    for (int64_t p = 0; p < panels; ++p, to += panel_pitch(depth)) {
-      for (int64_t i = 0; i < kPanelWidth; i += W) {
-        const int64_t left = minimum<int64_t>(limit - (line + row[p] + i), W);
-        if (left > 0) store_n(to + i, load_n(line + row[p] + i, left), left);
-      }
-    }
-  }
-  for (int64_t p = 0; kPaired && p < panels; ++p)
-    pair_rows(packed + p * panel_pitch(depth), depth, kPanelWidth);
-}
-
-// --- blocks ---
 
 struct Block {
   const Element* panel[kColumns / kTileColumns];
@@ -135,34 +40,7 @@ void prepare_right(const Gemm& gemm, int64_t k0, int64_t depth, int64_t n0, int6
 constexpr int64_t kLargeFloats = 512 * 1024;  // of a matrix that no second-level cache holds
 constexpr int64_t kAheadColumns = 192;        // kDepth x as many floats are 192 KiB
 
-// Lines of A or B that are asked of the memory before they are used, a few per tile of what comes before
-// them: that takes as long as many misses, and pieces of memory are too short for the hardware to run ahead.
-struct Ahead {
-  static constexpr int64_t kLeastTiles = 4;  // with fewer, asking takes as long as waiting
-
-  const float* piece = nullptr;
-  int64_t stride = 0, floats = 0, pieces = 0, each = 0;
-  int64_t at = 0;  // in the piece
-
-  Ahead() = default;
-  Ahead(const float* piece, int64_t stride, int64_t floats, int64_t pieces, int64_t tiles)
-      : piece(piece),
-        stride(stride),
-        floats(floats),
-        pieces(pieces),
-        each(divide_up(pieces * divide_up(floats, kLineFloats), tiles)) {}
-  POCKC_INLINE void advance() {
-    for (int64_t i = 0; i < each && pieces > 0; ++i) {
-      // Its end: a short piece often begins in a line that the piece before it has brought.
-      __builtin_prefetch(piece + minimum(at + kLineFloats, floats) - 1);
-      at += kLineFloats;
-      if (at < floats) continue;
-      at = 0;
-      piece += stride;
-      --pieces;
-    }
-  }
-};
+constexpr int64_t kLeastTiles = 4;  // with fewer, asking takes as long as waiting
 
 Tile first_tile(const Gemm& gemm, int64_t k0, int64_t depth) {
   Tile tile;
@@ -183,9 +61,8 @@ POCKC_INLINE void set_columns(const Gemm& gemm, const Block& block, int64_t n0, 
   tile->columns = minimum<int64_t>(columns - n, kTileColumns);
 }
 
-void finish_rows(const Gemm& gemm, const Tile& tile, float* const* c, int64_t rows, int64_t n0,
-                 int64_t columns) {
-  if (!tile.last) return;
+// What an epilogue does to whole rows, after their last block.
+void finish_rows(const Gemm& gemm, float* const* c, int64_t rows, int64_t n0, int64_t columns) {
   const Epilogue& epilogue = gemm.epilogue;
   for (int64_t i = 0; i < rows; ++i) {
     float* row = c[i] + n0 - gemm.c.first_column;
@@ -195,8 +72,7 @@ void finish_rows(const Gemm& gemm, const Tile& tile, float* const* c, int64_t ro
 }
 
 void multiply_panel(const Gemm& gemm, const LeftPanel& left, const Block& block, int64_t m0, int rows,
-                    int64_t k0, int64_t depth, int64_t n0, int64_t columns, Ahead* left_ahead,
-                    Ahead* right_ahead, Ahead* output_ahead) {
+                    int64_t k0, int64_t depth, int64_t n0, int64_t columns, Asked* asked) {
   float* c[kMaxRows];
   for (int i = 0; i < rows; ++i) c[i] = output_row(gemm.c, m0 + i);
   const auto& kernels =
@@ -204,15 +80,14 @@ void multiply_panel(const Gemm& gemm, const LeftPanel& left, const Block& block,
   Tile tile = first_tile(gemm, k0, depth);
   tile.a = left.data;
   tile.a_stride = left.stride;
+  if (left.run > 0) tile.runs = left.runs, tile.chunk = left.run;
   tile.c = c;
+  tile.asked = asked;
   for (int64_t n = 0; n < columns; n += kTileColumns) {
     set_columns(gemm, block, n0, columns, n, &tile);
-    if (left_ahead != nullptr) left_ahead->advance();
-    if (right_ahead != nullptr) right_ahead->advance();
-    if (output_ahead != nullptr) output_ahead->advance();
     kernels[(tile.columns - 1) / W](tile);
   }
-  finish_rows(gemm, tile, c, rows, n0, columns);
+  if (tile.last) finish_rows(gemm, c, rows, n0, columns);
 }
 
 // The packed panels `first` to `end`. Each panel of B meets all of them before the next one does: so it comes
@@ -220,7 +95,7 @@ void multiply_panel(const Gemm& gemm, const LeftPanel& left, const Block& block,
 // less.
 void multiply_packed(const Gemm& gemm, const Element* packed, const RowSplit& split, int64_t first,
                      int64_t end, const Block& block, int64_t k0, int64_t depth, int64_t n0, int64_t columns,
-                     Ahead* left_ahead, Ahead* right_ahead) {
+                     Asked* asked) {
   const int64_t panels = end - first, m0 = split.begin(first), rows = split.begin(end) - m0;
   const int64_t pitch = panel_pitch(depth);
   float* c[kMostRows];
@@ -229,32 +104,34 @@ void multiply_packed(const Gemm& gemm, const Element* packed, const RowSplit& sp
   for (int64_t p = 0; p <= panels; ++p) row[p] = split.begin(first + p) - m0;
   Tile tile = first_tile(gemm, k0, depth);
   tile.a_stride = kLeftPitch;
+  tile.asked = asked;
   for (int64_t n = 0; n < columns; n += kTileColumns) {
     set_columns(gemm, block, n0, columns, n, &tile);
     tile.a = packed;
     for (int64_t p = 0; p < panels; ++p, tile.a += pitch) {
       tile.c = c + row[p];
-      if (left_ahead != nullptr) left_ahead->advance();
-      if (right_ahead != nullptr) right_ahead->advance();
       kTransposedKernels.entry[row[p + 1] - row[p] - 1][(tile.columns - 1) / W](tile);
     }
   }
-  finish_rows(gemm, tile, c, rows, n0, columns);
+  if (tile.last) finish_rows(gemm, c, rows, n0, columns);
 }
 
 // Rows [row, end) of A from k0 on, or of a transposed A the parts that belong to them.
-Ahead ahead_of_left(const LeftMatrix& a, int64_t row, int64_t end, int64_t k0, int64_t depth, int64_t tiles) {
+Ahead ahead_of_left(const LeftMatrix& a, int64_t row, int64_t end, int64_t k0, int64_t depth, int64_t times) {
   const float* data = static_cast<const float*>(a.data);
-  if (a.transposed) return {data + k0 * a.stride + row, a.stride, end - row, depth, tiles};
-  return {data + row * a.stride + k0, a.stride, depth, end - row, tiles};
+  if (a.transposed) return {data + k0 * a.stride + row, a.stride, end - row, depth, times};
+  return {data + row * a.stride + k0, a.stride, depth, end - row, times};
 }
 
-// Whether the next block of B in depth, from row k on, lies as a whole in memory and is small enough to be in
-// the cache together with this one.
-bool has_next_right(const Gemm& gemm, int64_t k, int64_t columns) {
-  const RightMatrix& b = gemm.b;
-  const bool plain = b.patches == nullptr && b.group_offsets == nullptr && b.compact.data == nullptr;
-  return plain && !b.transposed && k < gemm.k && columns <= kAheadColumns;
+// What of a block of B can be asked for: all of it, where it lies in memory as it is and is small enough to
+// be in the cache together with the one before it; of a convolution's weight the rows of its first tap.
+Ahead ahead_of_right(const RightMatrix& b, int64_t k0, int64_t depth, int64_t n0, int64_t columns,
+                     int64_t times) {
+  if (b.patches != nullptr || b.compact.data != nullptr || columns > kAheadColumns) return Ahead();
+  if (b.transposed) return {b.data + n0 * b.stride + k0, b.stride, depth, columns, times};
+  const RightRow first(b, k0);
+  const int64_t rows = b.group_offsets == nullptr ? depth : minimum(depth, b.group_size - first.row);
+  return {b.data + first.row * b.stride + first.offset + n0, b.stride, columns, rows, times};
 }
 
 // Whether A comes from the memory, as far as its size tells.
@@ -265,21 +142,22 @@ bool has_large_left(const Gemm& gemm) {
 // Whether C goes to the memory, in rows whose sums are too short for the microkernel to ask for their lines.
 bool asks_for_output(const Gemm& gemm, int64_t depth, int64_t tiles) {
   return gemm.m * gemm.n >= kLargeFloats && gemm.c.grid_width == 0 && depth < kPrefetchDepth &&
-         tiles >= Ahead::kLeastTiles;
+         tiles >= kLeastTiles;
 }
 
 // The part of C that belongs to a panel.
 Ahead ahead_of_output(const Gemm& gemm, const RowSplit& split, int64_t panel, int64_t n0, int64_t columns,
-                      int64_t tiles) {
+                      int64_t times) {
   const int64_t row = split.begin(panel);
   const float* data = output_row(gemm.c, row) + n0 - gemm.c.first_column;
-  return {data, gemm.c.stride, columns, split.begin(panel + 1) - row, tiles};
+  return {data, gemm.c.stride, columns, split.begin(panel + 1) - row, times};
 }
 
 // All panels of A with one block of B.
 void multiply_block(const Gemm& gemm, const RowSplit& split, int64_t k0, int64_t depth, int64_t n0,
-                    int64_t columns, const Block& block, int64_t copied_rows, Element* scratch) {
-  const int64_t tiles = divide_up(columns, kTileColumns);
+                    int64_t columns, const Block& block, Ahead right_ahead, int64_t copied_rows,
+                    Element* scratch) {
+  const int64_t tiles = divide_up(columns, kTileColumns), times = tiles * times_asked(depth);
   const bool packed = is_packed(gemm.a, columns);
   const int64_t room = minimum(copied_rows * (depth + kPadding) / panel_pitch(depth), kMostPanels);
   const int64_t together = packed ? room : 1;
@@ -288,41 +166,32 @@ void multiply_block(const Gemm& gemm, const RowSplit& split, int64_t k0, int64_t
   // one behind the other where it is row-major, so that few tiles suffice to ask for them.
   const bool deep = in_place && gemm.a.transposed && !packed && has_large_left(gemm);
   const bool few = !gemm.a.transposed && has_large_left(gemm);
-  const bool asks = in_place && !deep && depth >= kPrefetchDepth && (few || tiles >= Ahead::kLeastTiles);
+  const bool asks = in_place && !deep && depth >= kPrefetchDepth && (few || tiles >= kLeastTiles);
   const bool asks_output = !packed && asks_for_output(gemm, depth, tiles);
-  Ahead right_ahead;
-  if (tiles >= Ahead::kLeastTiles && has_next_right(gemm, k0 + depth, columns)) {
-    const RightMatrix& b = gemm.b;
-    right_ahead = {b.data + (k0 + depth) * b.stride + n0, b.stride, columns,
-                   minimum(kDepth, gemm.k - k0 - depth), split.panels * tiles};
-  }
-  Ahead* const right_pointer = right_ahead.pieces > 0 ? &right_ahead : nullptr;
-  Ahead left_ahead;
+  Asked asked;
+  asked.right = right_ahead;
   if (deep && k0 + depth < gemm.k) {
-    left_ahead = ahead_of_left(gemm.a, split.m0, split.m1, k0 + depth, minimum(kDepth, gemm.k - k0 - depth),
-                               split.panels * tiles);
+    asked.left = ahead_of_left(gemm.a, split.m0, split.m1, k0 + depth, minimum(kDepth, gemm.k - k0 - depth),
+                               split.panels * times);
   }
   for (int64_t p = 0; p < split.panels; p += together) {
     const int64_t next = minimum(split.panels, p + together), after = minimum(split.panels, next + together);
     const int64_t row = split.begin(p), end = split.begin(next);
-    if (!deep) left_ahead = Ahead();
+    if (!deep) asked.left = Ahead();
     if (asks && next < after)
-      left_ahead = ahead_of_left(gemm.a, end, split.begin(after), k0, depth, tiles * (next - p));
-    Ahead* const left_pointer = left_ahead.pieces > 0 ? &left_ahead : nullptr;
+      asked.left = ahead_of_left(gemm.a, end, split.begin(after), k0, depth, times * (next - p));
     if (packed) {
       with_elements(gemm.a.dtype,
                     [&](auto zero) { pack_left<decltype(zero)>(gemm, split, p, next, k0, depth, scratch); });
-      multiply_packed(gemm, scratch, split, p, next, block, k0, depth, n0, columns, left_pointer,
-                      right_pointer);
+      multiply_packed(gemm, scratch, split, p, next, block, k0, depth, n0, columns, &asked);
       continue;
     }
-    Ahead output_ahead;
+    asked.output = Ahead();
     if (asks_output && next < split.panels)
-      output_ahead = ahead_of_output(gemm, split, next, n0, columns, tiles);
+      asked.output = ahead_of_output(gemm, split, next, n0, columns, times);
     const int rows = static_cast<int>(end - row);
     const LeftPanel left = prepare_left(gemm, row, rows, k0, depth, scratch);
-    multiply_panel(gemm, left, block, row, rows, k0, depth, n0, columns, left_pointer, right_pointer,
-                   output_ahead.pieces > 0 ? &output_ahead : nullptr);
+    multiply_panel(gemm, left, block, row, rows, k0, depth, n0, columns, &asked);
   }
 }
 
@@ -397,7 +266,14 @@ struct Blocking {
 // A part of a C of floats.
 void multiply_part(const Gemm& gemm, int64_t m0, int64_t m1, int64_t n0, int64_t n1, const Blocking& blocking,
                    float* scratch) {
-  const RowSplit split(m0, m1);
+  if (is_few(gemm, m1 - m0)) {
+    float* c[kFewRows];
+    for (int64_t m = m0; m < m1; ++m) c[m - m0] = output_row(gemm.c, m);
+    multiply_few(gemm, m0, m1, n0, n1);
+    finish_rows(gemm, c, m1 - m0, n0, n1 - n0);
+    return;
+  }
+  const RowSplit split(gemm, m0, m1);
   // Few rows: B is used so seldom that copying it does not pay, and the weights are streamed once.
   const bool direct = !kHalfProducts && split.panels <= 2 && !gemm.b.transposed &&
                       gemm.b.patches == nullptr && gemm.b.group_offsets == nullptr &&
@@ -412,7 +288,15 @@ void multiply_part(const Gemm& gemm, int64_t m0, int64_t m1, int64_t n0, int64_t
       const int64_t depth = minimum(kDepth, gemm.k - k);
       Block panel;
       prepare_right(gemm, k, depth, n, columns, direct, packed, &panel);
-      multiply_block(gemm, split, k, depth, n, columns, panel, blocking.left_rows, left);
+      const bool deeper = k + depth < gemm.k;  // else the next columns follow
+      const int64_t next_k = deeper ? k + depth : 0, next_n = deeper ? n : n + columns;
+      Ahead right_ahead;
+      if (next_n < n1 && split.panels > 1) {
+        const int64_t times = split.panels * divide_up(columns, kTileColumns) * times_asked(depth);
+        right_ahead = ahead_of_right(gemm.b, next_k, minimum(kDepth, gemm.k - next_k), next_n,
+                                     minimum(step, n1 - next_n), times);
+      }
+      multiply_block(gemm, split, k, depth, n, columns, panel, right_ahead, blocking.left_rows, left);
     }
   }
 }

@@ -9,6 +9,7 @@
 #define POCKC_SIMD_GEMM_KERNEL_H_
 
 #include "simd/gemm.h"
+#include "simd/gemm_ahead.h"
 #if defined(__ARM_FEATURE_FP16_VECTOR_ARITHMETIC)
 #include "simd/gemm_half.h"
 #elif defined(__AVX512BF16__)
@@ -60,11 +61,21 @@ struct Tile {
   bool last;        // bias and clip come after this block
   const Epilogue* epilogue;
   int64_t bias_column;
+  Asked* asked;
+  const Element* const* runs = nullptr;  // where A lies in runs of `chunk` steps
+  int64_t chunk = kAheadSteps;
 };
 
-constexpr int64_t kLineFloats = 16;     // of a cache line
 constexpr int64_t kPrefetchDepth = 64;  // shorter sums are done before a line of C could arrive
 constexpr int64_t kStepsAhead = 12;     // of k: by then a line of B has come from the second-level cache
+
+// Large tiles ask while they multiply; code for it in small ones would cost more than it brings.
+template <int R, int V>
+constexpr bool asks_within = V == kTileVectors && 2 * R > kTileRows;
+
+__attribute__((noinline)) inline void ask_at_once(const Tile& t) {
+  for (int64_t i = times_asked(t.depth); i > 0; --i) t.asked->ask();
+}
 
 template <int R, int V, bool RowMajor>
 void micro_kernel(const Tile& t) {
@@ -78,8 +89,10 @@ void micro_kernel(const Tile& t) {
   }
   vf sum[R][V];
 #if defined(__ARM_FEATURE_FP16_VECTOR_ARITHMETIC)
+  ask_at_once(t);
   multiply_halves<R, V, RowMajor>(t.a, t.a_stride, t.b, t.depth, sum);
 #elif defined(__AVX512BF16__)
+  ask_at_once(t);
   multiply_pairs<R, V, RowMajor>(t.a, t.a_stride, t.b, t.depth, sum);
 #else
   POCKC_UNROLL
@@ -91,21 +104,28 @@ void micro_kernel(const Tile& t) {
   const float* b = t.b;
   const int64_t a_stride = t.a_stride;
   const int64_t b_stride = t.b_stride;
-  POCKC_UNROLL_STEPS
-  for (int64_t k = 0; k < t.depth; ++k) {
-    POCKC_UNROLL
-    for (int j = 0; j < V * W; j += kLineFloats) __builtin_prefetch(b + kStepsAhead * b_stride + j);
-    vf right[V];
-    POCKC_UNROLL
-    for (int j = 0; j < V; ++j) right[j] = load(b + j * W);
-    POCKC_UNROLL
-    for (int i = 0; i < R; ++i) {
-      const vf left = splat(RowMajor ? a[i * a_stride] : a[i]);
+  if (!asks_within<R, V>) ask_at_once(t);
+  const Element* const* runs = t.runs;
+  for (int64_t k0 = 0; k0 < t.depth; k0 += t.chunk) {
+    if constexpr (asks_within<R, V>) t.asked->ask();
+    if (RowMajor && runs != nullptr) a = *runs++;
+    const int64_t end = minimum(t.depth, k0 + t.chunk);
+    POCKC_UNROLL_STEPS
+    for (int64_t k = k0; k < end; ++k) {
       POCKC_UNROLL
-      for (int j = 0; j < V; ++j) sum[i][j] = fma(left, right[j], sum[i][j]);
+      for (int j = 0; j < V * W; j += kLineFloats) __builtin_prefetch(b + kStepsAhead * b_stride + j);
+      vf right[V];
+      POCKC_UNROLL
+      for (int j = 0; j < V; ++j) right[j] = load(b + j * W);
+      POCKC_UNROLL
+      for (int i = 0; i < R; ++i) {
+        const vf left = splat(RowMajor ? a[i * a_stride] : a[i]);
+        POCKC_UNROLL
+        for (int j = 0; j < V; ++j) sum[i][j] = fma(left, right[j], sum[i][j]);
+      }
+      a += RowMajor ? 1 : a_stride;
+      b += b_stride;
     }
-    a += RowMajor ? 1 : a_stride;
-    b += b_stride;
   }
 #endif
   const int64_t tail = t.columns - (V - 1) * W;  // lanes of the last vector

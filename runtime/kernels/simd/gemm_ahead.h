@@ -1,0 +1,60 @@
+// Lines of operands that are asked of the memory before they are used, a few at a time during the products
+// that come before them. The pieces of a row that a block takes are too short for the hardware to run ahead,
+// and lines that are asked for all at once wait for each other as long as if nobody had asked.
+#ifndef POCKC_SIMD_GEMM_AHEAD_H_
+#define POCKC_SIMD_GEMM_AHEAD_H_
+
+#include "simd/simd.h"
+
+namespace pockc {
+namespace POCKC_SIMD_NAMESPACE {
+
+constexpr int64_t kLineFloats = 16;  // of a cache line
+constexpr int64_t kAheadSteps = 32;  // of k, after which a tile asks again
+
+// How often a tile asks.
+inline int64_t times_asked(int64_t depth) { return divide_up(depth, kAheadSteps); }
+
+class Ahead {
+ public:
+  Ahead() = default;
+  // `pieces` rows of `floats`, asked for by so many calls.
+  Ahead(const float* piece, int64_t stride, int64_t floats, int64_t pieces, int64_t times)
+      : piece_(piece),
+        stride_(stride),
+        floats_(floats),
+        pieces_(pieces),
+        each_(divide_up(pieces * divide_up(floats, kLineFloats), times)) {}
+
+  POCKC_INLINE void ask() {
+    for (int64_t i = 0; i < each_ && pieces_ > 0; ++i) {
+      // Its end: a short piece often begins in a line that the piece before it has brought.
+      __builtin_prefetch(piece_ + minimum(at_ + kLineFloats, floats_) - 1);
+      at_ += kLineFloats;
+      if (at_ < floats_) continue;
+      at_ = 0;
+      piece_ += stride_;
+      --pieces_;
+    }
+  }
+
+ private:
+  const float* piece_ = nullptr;
+  int64_t stride_ = 0, floats_ = 0, pieces_ = 0, each_ = 0;
+  int64_t at_ = 0;  // in the piece
+};
+
+// What is asked for besides the product at hand.
+struct Asked {
+  Ahead left, right, output;
+
+  POCKC_INLINE void ask() {
+    Ahead* const all[] = {&left, &right, &output};
+    for (Ahead* ahead : all) ahead->ask();
+  }
+};
+
+}  // namespace POCKC_SIMD_NAMESPACE
+}  // namespace pockc
+
+#endif  // POCKC_SIMD_GEMM_AHEAD_H_

@@ -1,0 +1,150 @@
+// Panels of A as the microkernel reads them: where they lie, or copied, or packed. See gemm.h.
+#ifndef POCKC_SIMD_GEMM_LEFT_H_
+#define POCKC_SIMD_GEMM_LEFT_H_
+
+#include "simd/gemm_kernel.h"
+#include "simd/gemm_pack.h"
+
+namespace pockc {
+namespace POCKC_SIMD_NAMESPACE {
+
+constexpr int64_t kZeros = 1024;
+alignas(64) const Element zeros[kZeros] = {};  // rows of patches above and below the image
+
+// Whether patches can be read where they lie, but for those at the left and right border: their depth is one
+// block, and the taps of a row are neighbours.
+inline bool lies_in_runs(const Patches& p, int64_t depth) {
+  const int64_t run = p.channels * p.taps_w, span = kTileRows * p.step_w * p.pitch + run;
+  return !kHalfProducts && p.dtype == DType::kF32 && p.rows_join && depth <= kDepth && span <= kZeros;
+}
+
+// Rows in panels of nearly the same size; of patches that are read where they lie, panels that keep to a row
+// of the grid where that makes them no smaller.
+struct RowSplit {
+  int64_t m0, m1, line, each, panels;
+
+  RowSplit(const Gemm& gemm, int64_t m0, int64_t m1)
+      : m0(m0), m1(m1), line(m1 - m0), each(divide_up(line, kTileRows)), panels(each) {
+    const Patches* patches = gemm.a.patches;
+    if (patches == nullptr || !lies_in_runs(*patches, gemm.k)) return;
+    const int64_t width = patches->grid_width, of_line = divide_up(width, kTileRows);
+    if (m0 % width != 0 || m1 % width != 0 || 5 * width < 4 * of_line * kTileRows) return;
+    line = width, each = of_line, panels = (m1 - m0) / width * of_line;
+  }
+  POCKC_INLINE int64_t begin(int64_t panel) const {
+    return m0 + panel / each * line + panel % each * line / each;
+  }
+};
+
+struct LeftPanel {
+  const Element* data;
+  int64_t stride;
+  bool row_major;
+  int64_t run = 0;  // where rows lie in runs: steps of each, and where the first row has them
+  const Element* runs[kMaxTaps] = {};
+};
+
+// Patches that lie in runs, if they do: those of some neighbours in a row of the grid, away from its ends.
+inline bool find_runs(const Patches& p, int64_t m0, int rows, LeftPanel* panel) {
+  const GridPosition at(p, m0);
+  const int64_t x = at.w * p.step_w + p.tap_w[0], last = (at.w + rows - 1) * p.step_w + p.tap_w[p.taps_w - 1];
+  if (at.w + rows > p.grid_width || x < 0 || last >= p.width) return false;
+  panel->stride = p.step_w * p.pitch;
+  panel->row_major = true;
+  panel->run = p.channels * p.taps_w;
+  const Element* image = static_cast<const Element*>(p.image);
+  for (int r = 0; r < p.taps_h; ++r) {
+    const int64_t y = at.h * p.step_h + p.tap_h[r];
+    const bool inside = y >= 0 && y < p.height;
+    panel->runs[r] = inside ? image + ((at.n * p.height + y) * p.width + x) * p.pitch : zeros;
+  }
+  panel->data = panel->runs[0];
+  return true;
+}
+
+// Rows that lie a multiple of 4 KiB apart share cache sets: more of them than ways would evict each other.
+inline bool conflicts(int64_t stride) { return stride % 1024 == 0; }
+
+template <typename T>
+void copy_rows(const LeftMatrix& a, int64_t m0, int rows, int64_t k0, int64_t depth, Element* copy) {
+  const T* data = static_cast<const T*>(a.data) + m0 * a.stride + k0;
+  for (int i = 0; i < rows; ++i) copy_run(copy + i * (depth + kPadding), data + i * a.stride, depth);
+}
+
+inline LeftPanel prepare_left(const Gemm& gemm, int64_t m0, int rows, int64_t k0, int64_t depth,
+                              Element* copy) {
+  const LeftMatrix& a = gemm.a;
+  const int64_t stride = depth + kPadding;
+  if (a.patches != nullptr) {
+    LeftPanel panel;
+    if (lies_in_runs(*a.patches, gemm.k) && find_runs(*a.patches, m0, rows, &panel)) return panel;
+    GridPosition at(*a.patches, m0);
+    const PatchColumn first(*a.patches, k0);
+    for (int i = 0; i < rows; ++i, at.next(*a.patches))
+      copy_patch(*a.patches, at, first, depth, copy + i * stride);
+    return {copy, stride, true};
+  }
+  const Element* data = static_cast<const Element*>(a.data);
+  if (a.transposed) return {data + k0 * a.stride + m0, a.stride, false};
+  if (is_half(a.dtype) == kHalfProducts && !conflicts(a.stride))
+    return {data + m0 * a.stride + k0, a.stride, true};
+  with_elements(a.dtype, [&](auto zero) { copy_rows<decltype(zero)>(a, m0, rows, k0, depth, copy); });
+  return {copy, stride, true};
+}
+
+// Panels of a transposed A are packed, [k][kLeftPitch], unless they are used for few tiles: a step of the
+// microkernel then reads one or two cache lines that follow upon those of the step before. Whole vectors are
+// written, in order: what a step writes too much the next one mends, but where steps shall be paired.
+constexpr int64_t kPanelWidth = (kTileRows + W - 1) / W * W;
+constexpr int64_t kLeftPitch = kPaired ? kPanelWidth : kTileRows;
+constexpr int64_t kMostPanels = kMostRows / kTileRows;
+
+// Between packed panels: padded, for what the last step writes too much, and so that they do not share cache
+// sets.
+inline int64_t panel_pitch(int64_t depth) { return round_up(depth * kLeftPitch, 16) + kPadding; }
+
+inline bool is_packed(const LeftMatrix& a, int64_t columns) {
+  if (!a.transposed || a.patches != nullptr) return false;
+  return is_half(a.dtype) || conflicts(a.stride) || columns > 2 * kTileColumns;
+}
+
+// The panels `first` to `end` of the rows [m0, m1) of a matrix of T: as many together
+// as there is scratch memory for, because a step of k is a few cache lines, of which a panel alone would use
+// a part.
+template <typename T>
+void pack_left(const Gemm& gemm, const RowSplit& split, int64_t first, int64_t end, int64_t k0, int64_t depth,
+               Element* packed) {
+  const LeftMatrix& a = gemm.a;
+  // Whole vectors where the matrix goes on: what lies beyond the rows of a panel is never used.
+  const T* data = static_cast<const T*>(a.data);
+  const T* limit = data + (gemm.k - 1) * a.stride + gemm.m;
+  int64_t row[kMostPanels] = {};
+  for (int64_t p = first; p < end; ++p) row[p - first] = split.begin(p);
+  const int64_t panels = end - first, span = row[panels - 1] + kPanelWidth - row[0];
+  for (int64_t k = 0; k < depth; ++k) {
+    const T* line = data + (k0 + k) * a.stride;
+    Element* to = packed + k * kLeftPitch;
+    if (limit - (line + row[0]) >= span) {
+      const T* later = line + minimum(kRowsAhead, depth - 1 - k) * a.stride + row[0];
+      for (int64_t i = 0; i < span; i += kLineFloats) __builtin_prefetch(later + i);
+      for (int64_t p = 0; p < panels; ++p, to += panel_pitch(depth)) {
+        POCKC_UNROLL
+        for (int64_t i = 0; i < kPanelWidth; i += W) store(to + i, load(line + row[p] + i));
+      }
+      continue;
+    }
+    for (int64_t p = 0; p < panels; ++p, to += panel_pitch(depth)) {
+      for (int64_t i = 0; i < kPanelWidth; i += W) {
+        const int64_t left = minimum<int64_t>(limit - (line + row[p] + i), W);
+        if (left > 0) store_n(to + i, load_n(line + row[p] + i, left), left);
+      }
+    }
+  }
+  for (int64_t p = 0; kPaired && p < panels; ++p)
+    pair_rows(packed + p * panel_pitch(depth), depth, kPanelWidth);
+}
+
+}  // namespace POCKC_SIMD_NAMESPACE
+}  // namespace pockc
+
+#endif  // POCKC_SIMD_GEMM_LEFT_H_
