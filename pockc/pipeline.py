@@ -33,6 +33,7 @@ from pockc.passes import (
     quantize_frozen,
     quantize_prefix,
     reorder,
+    scale_cotangents,
     slice_updates,
     split_backward,
     split_prefix,
@@ -105,6 +106,7 @@ LOWER: tuple[Pass, ...] = (
     Pass("fold", fold.run),
     Pass("cse", cse.run),
     Pass("dce", dce.run),
+    Pass("scale-cotangents", scale_cotangents.run, optional=True),  # before masks are fused, and weights duplicated
     Pass("fuse", fuse.run, "lowered", optional=True),  # after differentiation: gradients read unfused nodes
     Pass("duplicate", duplicate.run, "lowered", optional=True),  # before the order is chosen
     # Gradients and updates are final by now.

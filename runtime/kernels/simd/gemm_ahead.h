@@ -10,7 +10,8 @@ namespace pockc {
 namespace POCKC_SIMD_NAMESPACE {
 
 constexpr int64_t kLineFloats = 16;  // of a cache line
-constexpr int64_t kAheadSteps = 32;  // of k, after which a tile asks again
+constexpr int64_t kAheadSteps =
+    W >= 16 ? 32 : 64;  // of k, after which a tile asks again: some hundred cycles
 
 // How often a tile asks.
 inline int64_t times_asked(int64_t depth) { return divide_up(depth, kAheadSteps); }
