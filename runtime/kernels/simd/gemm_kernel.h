@@ -77,16 +77,21 @@ __attribute__((noinline)) inline void ask_at_once(const Tile& t) {
   for (int64_t i = times_asked(t.depth); i > 0; --i) t.asked->ask();
 }
 
+// C is needed when the sums are done: by then it is here. Of a tile that streams rows of A through the cache
+// it is asked for towards the end, or they would drive it out again.
+template <int R, int V>
+POCKC_INLINE void ask_for_output(const Tile& t) {
+  POCKC_UNROLL
+  for (int i = 0; i < R; ++i) {
+    POCKC_UNROLL
+    for (int j = 0; j < V * W; j += kLineFloats) __builtin_prefetch(t.c[i] + t.column + j, 1);
+  }
+}
+
 template <int R, int V, bool RowMajor>
 void micro_kernel(const Tile& t) {
-  // C is needed when the sums are done: by then it is here.
-  if (t.depth >= kPrefetchDepth) {
-    POCKC_UNROLL
-    for (int i = 0; i < R; ++i) {
-      POCKC_UNROLL
-      for (int j = 0; j < V * W; j += kLineFloats) __builtin_prefetch(t.c[i] + t.column + j, 1);
-    }
-  }
+  constexpr bool late = RowMajor && asks_within<R, V>;
+  if (t.depth >= kPrefetchDepth && !late) ask_for_output<R, V>(t);
   vf sum[R][V];
 #if defined(__ARM_FEATURE_FP16_VECTOR_ARITHMETIC)
   ask_at_once(t);
@@ -108,6 +113,7 @@ void micro_kernel(const Tile& t) {
   const Element* const* runs = t.runs;
   for (int64_t k0 = 0; k0 < t.depth; k0 += t.chunk) {
     if constexpr (asks_within<R, V>) t.asked->ask();
+    if (late && k0 + 2 * t.chunk >= t.depth && k0 + t.chunk < t.depth) ask_for_output<R, V>(t);
     if (RowMajor && runs != nullptr) a = *runs++;
     const int64_t end = minimum(t.depth, k0 + t.chunk);
     POCKC_UNROLL_STEPS
