@@ -71,10 +71,58 @@ void finish_rows(const Gemm& gemm, float* const* c, int64_t rows, int64_t n0, in
   }
 }
 
+// Steps of k that a block has. Panels of bfloat16 take half of the memory, so that a product of twice the
+// depth may be one block, which is worth it where rows of A are read in order.
+int64_t block_depth(const Gemm& gemm) {
+  const bool deep = kPaired && !gemm.a.transposed && gemm.k <= 2 * kDepth;
+  return deep ? 2 * kDepth : kDepth;
+}
+
+// Whether every tile of a C of halves can be rounded as soon as it is there.
+bool rounds_tiles(const Gemm& gemm) {
+  return gemm.k <= block_depth(gemm) && !gemm.accumulate && gemm.epilogue.activation <= kClip &&
+         gemm.epilogue.gate == nullptr;
+}
+
+// `columns` sums as halves, to where output_row says.
+void round_row(DType dtype, const float* sums, void* to, int64_t columns) {
+  with_elements(dtype, [&](auto zero) {
+    auto* const halves = static_cast<decltype(zero)*>(to);
+    for_vectors(0, columns, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
+      store_n(halves + i, load_n(sums + i, valid), valid);
+    });
+  });
+}
+
+// A tile, of floats where they belong, or of halves that are rounded.
+void run_tile(const Gemm& gemm, MicroKernel kernel, const Tile& tile, int rows) {
+  if (!is_half(gemm.c.dtype)) {
+    kernel(tile);
+    return;
+  }
+  alignas(64) float sums[kMaxRows][kTileColumns];
+  float* c[kMaxRows];
+  for (int i = 0; i < rows; ++i) {
+    c[i] = sums[i];
+    __builtin_prefetch(reinterpret_cast<uint16_t*>(tile.c[i]) + tile.column, 1);
+  }
+  Tile whole = tile;
+  whole.c = c;
+  whole.column = 0;
+  kernel(whole);
+  for (int i = 0; i < rows; ++i)
+    round_row(gemm.c.dtype, sums[i], reinterpret_cast<uint16_t*>(tile.c[i]) + tile.column, tile.columns);
+}
+
+// Where row m of C begins, whatever its elements are.
+float* row_of_any(const OutputMatrix& c, int64_t m) {
+  return is_half(c.dtype) ? reinterpret_cast<float*>(output_row<uint16_t>(c, m)) : output_row(c, m);
+}
+
 void multiply_panel(const Gemm& gemm, const LeftPanel& left, const Block& block, int64_t m0, int rows,
                     int64_t k0, int64_t depth, int64_t n0, int64_t columns, Asked* asked) {
   float* c[kMaxRows];
-  for (int i = 0; i < rows; ++i) c[i] = output_row(gemm.c, m0 + i);
+  for (int i = 0; i < rows; ++i) c[i] = row_of_any(gemm.c, m0 + i);
   const auto& kernels =
       left.row_major ? kRowMajorKernels.entry[rows - 1] : kTransposedKernels.entry[rows - 1];
   Tile tile = first_tile(gemm, k0, depth);
@@ -85,7 +133,7 @@ void multiply_panel(const Gemm& gemm, const LeftPanel& left, const Block& block,
   tile.asked = asked;
   for (int64_t n = 0; n < columns; n += kTileColumns) {
     set_columns(gemm, block, n0, columns, n, &tile);
-    kernels[(tile.columns - 1) / W](tile);
+    run_tile(gemm, kernels[(tile.columns - 1) / W], tile, rows);
   }
   if (tile.last) finish_rows(gemm, c, rows, n0, columns);
 }
@@ -99,7 +147,7 @@ void multiply_packed(const Gemm& gemm, const Element* packed, const RowSplit& sp
   const int64_t panels = end - first, m0 = split.begin(first), rows = split.begin(end) - m0;
   const int64_t pitch = panel_pitch(depth);
   float* c[kMostRows];
-  for (int64_t i = 0; i < rows; ++i) c[i] = output_row(gemm.c, m0 + i);
+  for (int64_t i = 0; i < rows; ++i) c[i] = row_of_any(gemm.c, m0 + i);
   int64_t row[kMostPanels + 1];
   for (int64_t p = 0; p <= panels; ++p) row[p] = split.begin(first + p) - m0;
   Tile tile = first_tile(gemm, k0, depth);
@@ -110,7 +158,8 @@ void multiply_packed(const Gemm& gemm, const Element* packed, const RowSplit& sp
     tile.a = packed;
     for (int64_t p = 0; p < panels; ++p, tile.a += pitch) {
       tile.c = c + row[p];
-      kTransposedKernels.entry[row[p + 1] - row[p] - 1][(tile.columns - 1) / W](tile);
+      const int tile_rows = static_cast<int>(row[p + 1] - row[p]);
+      run_tile(gemm, kTransposedKernels.entry[tile_rows - 1][(tile.columns - 1) / W], tile, tile_rows);
     }
   }
   if (tile.last) finish_rows(gemm, c, rows, n0, columns);
@@ -149,8 +198,9 @@ bool asks_for_output(const Gemm& gemm, int64_t depth, int64_t tiles) {
 Ahead ahead_of_output(const Gemm& gemm, const RowSplit& split, int64_t panel, int64_t n0, int64_t columns,
                       int64_t times) {
   const int64_t row = split.begin(panel);
-  const float* data = output_row(gemm.c, row) + n0 - gemm.c.first_column;
-  return {data, gemm.c.stride, columns, split.begin(panel + 1) - row, times};
+  const int64_t each = is_half(gemm.c.dtype) ? 2 : 1;  // elements in the place of a float
+  const float* data = row_of_any(gemm.c, row) + (n0 - gemm.c.first_column) / each;
+  return {data, gemm.c.stride / each, divide_up(columns, each), split.begin(panel + 1) - row, times};
 }
 
 // All panels of A with one block of B.
@@ -171,8 +221,8 @@ void multiply_block(const Gemm& gemm, const RowSplit& split, int64_t k0, int64_t
   Asked asked;
   asked.right = right_ahead;
   if (deep && k0 + depth < gemm.k) {
-    asked.left = ahead_of_left(gemm.a, split.m0, split.m1, k0 + depth, minimum(kDepth, gemm.k - k0 - depth),
-                               split.panels * times);
+    asked.left = ahead_of_left(gemm.a, split.m0, split.m1, k0 + depth,
+                               minimum(block_depth(gemm), gemm.k - k0 - depth), split.panels * times);
   }
   for (int64_t p = 0; p < split.panels; p += together) {
     const int64_t next = minimum(split.panels, p + together), after = minimum(split.panels, next + together);
@@ -278,14 +328,14 @@ void multiply_part(const Gemm& gemm, int64_t m0, int64_t m1, int64_t n0, int64_t
   const bool direct = !kHalfProducts && split.panels <= 2 && !gemm.b.transposed &&
                       gemm.b.patches == nullptr && gemm.b.group_offsets == nullptr &&
                       gemm.b.compact.data == nullptr;
-  const int64_t step = blocking.step(n1 - n0);
+  const int64_t step = blocking.step(n1 - n0), most_depth = block_depth(gemm);
   // Panels of halves take half of the scratch memory that is planned for panels of floats.
   Element* const left = reinterpret_cast<Element*>(scratch);
   Element* const packed = reinterpret_cast<Element*>(scratch + left_scratch(blocking.left_rows, gemm.k));
   for (int64_t n = n0; n < n1; n += step) {
     const int64_t columns = minimum(step, n1 - n);
-    for (int64_t k = 0; k < gemm.k; k += kDepth) {
-      const int64_t depth = minimum(kDepth, gemm.k - k);
+    for (int64_t k = 0; k < gemm.k; k += most_depth) {
+      const int64_t depth = minimum(most_depth, gemm.k - k);
       Block panel;
       prepare_right(gemm, k, depth, n, columns, direct, packed, &panel);
       const bool deeper = k + depth < gemm.k;  // else the next columns follow
@@ -293,7 +343,7 @@ void multiply_part(const Gemm& gemm, int64_t m0, int64_t m1, int64_t n0, int64_t
       Ahead right_ahead;
       if (next_n < n1 && split.panels > 1) {
         const int64_t times = split.panels * divide_up(columns, kTileColumns) * times_asked(depth);
-        right_ahead = ahead_of_right(gemm.b, next_k, minimum(kDepth, gemm.k - next_k), next_n,
+        right_ahead = ahead_of_right(gemm.b, next_k, minimum(most_depth, gemm.k - next_k), next_n,
                                      minimum(step, n1 - next_n), times);
       }
       multiply_block(gemm, split, k, depth, n, columns, panel, right_ahead, blocking.left_rows, left);
@@ -301,24 +351,14 @@ void multiply_part(const Gemm& gemm, int64_t m0, int64_t m1, int64_t n0, int64_t
   }
 }
 
-template <typename Half>
-void narrow_rows(const OutputMatrix& c, const OutputMatrix& sums, int64_t m0, int64_t m1, int64_t n0,
-                 int64_t columns) {
-  for (int64_t m = m0; m < m1; ++m) {
-    const float* from = output_row(sums, m);
-    Half* to = output_row<Half>(c, m) + n0;
-    for_vectors(0, columns, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
-      store_n(to + i, load_n(from + i, valid), valid);
-    });
-  }
-}
-
 // A part of a C of halves, in blocks of floats that are then rounded: there is room for `most_rows` of these.
 void multiply_narrowed(const Gemm& gemm, int64_t m0, int64_t m1, int64_t n0, int64_t n1, int64_t most_rows,
                        const Blocking& blocking, float* scratch) {
-  const int64_t most = minimum(round_up(gemm.n, 16), blocking.columns);
+  const int64_t planned_columns = minimum(round_up(gemm.n, 16), blocking.columns);
+  const int64_t planned = minimum(most_rows, kSumFloats / planned_columns) * planned_columns;
+  const int64_t most = minimum(planned_columns, kSumColumns);
   const int64_t step = most / kTileColumns > 0 ? most / kTileColumns * kTileColumns : most;
-  const int64_t rows = minimum(most_rows, kSumFloats / most);
+  const int64_t rows = planned / most;
   Gemm part = gemm;
   part.c = OutputMatrix();
   part.c.data = scratch;
@@ -329,12 +369,9 @@ void multiply_narrowed(const Gemm& gemm, int64_t m0, int64_t m1, int64_t n0, int
     for (int64_t m = m0; m < m1; m += rows) {
       const int64_t end = minimum(m1, m + rows);
       part.c.first_row = m;
-      multiply_part(part, m, end, n, n + columns, blocking, scratch + round_up(rows * most, 16));
-      if (gemm.c.dtype == DType::kF16) {
-        narrow_rows<F16>(gemm.c, part.c, m, end, n, columns);
-      } else {
-        narrow_rows<B16>(gemm.c, part.c, m, end, n, columns);
-      }
+      multiply_part(part, m, end, n, n + columns, blocking, scratch + round_up(planned, 16));
+      for (int64_t i = m; i < end; ++i)
+        round_row(gemm.c.dtype, output_row(part.c, i), output_row<uint16_t>(gemm.c, i) + n, columns);
     }
   }
 }
@@ -345,7 +382,7 @@ void gemm_part(const Gemm& gemm, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
                float* scratch) {
   if (m0 == m1 || n0 == n1) return;
   const Blocking blocking(gemm, rows);
-  if (is_half(gemm.c.dtype)) {
+  if (is_half(gemm.c.dtype) && (m1 - m0 <= kFewRows || !rounds_tiles(gemm))) {
     multiply_narrowed(gemm, m0, m1, n0, n1, rows, blocking, scratch);
   } else {
     multiply_part(gemm, m0, m1, n0, n1, blocking, scratch);

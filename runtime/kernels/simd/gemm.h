@@ -18,14 +18,15 @@
 // a thread with few rows takes narrow blocks: that costs no time, and the scratch memory of a small product
 // stays small. Who does how much follows from shapes and thread count alone, so that the planner knows it.
 //
-// 16-bit operands are converted to floats while they are copied or packed. A C of halves is computed in
-// blocks of at most kSumFloats floats in scratch memory, which are then rounded, whatever the depth.
+// 16-bit operands are converted to floats while they are copied or packed. A C of halves is rounded tile by
+// tile where the sums of a tile are made at once; else it is computed in blocks of at most kSumFloats floats
+// in scratch memory, which are then rounded: fewer columns of more rows, for each of which B is packed again.
 //
 // 16-bit products. The sets `fp16` of 64-bit ARM and `bf16` of x86 have this file with panels of halves and
 // the microkernel of gemm_half.h or gemm_bf16.h: for an A of halves, in programs that ask for such
 // arithmetic. Scratch memory is as for floats.
 //
-// Bits. Per output element: k ascending in one chain of fma within each kDepth block, blocks added in order,
+// Bits. Per output element: k ascending in one chain of fma within each block, blocks added in order,
 // then bias. Neither tile shape nor thread count enters.
 #ifndef POCKC_SIMD_GEMM_H_
 #define POCKC_SIMD_GEMM_H_
@@ -54,12 +55,12 @@ constexpr bool kPaired = kMultiplied == DType::kB16;  // steps of k: see gemm_bf
 // Whether a left operand of this dtype is multiplied here.
 inline bool is_multiplied(DType left) { return !kHalfProducts || left == kMultiplied; }
 
-constexpr int64_t kDepth = 256;    // part of the result's definition: the same everywhere
-constexpr int64_t kColumns = 384;  // most columns of a block: kDepth x kColumns floats are 384 KiB
+constexpr int64_t kDepth = 256;                // of a block, part of the result's definition: see block_depth
+constexpr int64_t kColumns = 384;              // most columns of a block: kDepth x as many floats are 384 KiB
 constexpr int64_t kThreadedWork = 256 * 1024;  // multiply-adds; waking threads costs more than half of less
 constexpr int kMaxRows = 16;                   // no tile has more rows
-constexpr int64_t kSumFloats =
-    64 * 1024;                     // of a C of halves that wait to be rounded: in the second-level cache
+// Of a C of halves that wait to be rounded: so many floats stay in the second-level cache.
+constexpr int64_t kSumFloats = 64 * 1024, kSumColumns = 256;
 constexpr int64_t kMostRows = 32;  // of a transposed A are packed together
 constexpr int64_t kPadding =
     16;  // floats after each copied row of A: against cache set conflicts, and for kOverrun

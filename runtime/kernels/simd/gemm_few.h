@@ -53,7 +53,7 @@ inline void add_few(const RightMatrix& b, const float* a, int64_t a_stride, int 
 // Whether the product of these rows is better made so.
 inline bool is_few(const Gemm& gemm, int64_t rows) {
   return !kHalfProducts && rows <= kFewRows && gemm.b.transposed && gemm.b.patches == nullptr &&
-         gemm.a.patches == nullptr && !gemm.a.transposed && !is_half(gemm.a.dtype);
+         gemm.a.patches == nullptr && !gemm.a.transposed && !is_half(gemm.a.dtype) && !is_half(gemm.c.dtype);
 }
 
 // The rows [m0, m1) and columns [n0, n1) of C, up to an epilogue that takes whole rows.
