@@ -219,26 +219,26 @@ void multiply_block(const Gemm& gemm, const RowSplit& split, int64_t k0, int64_t
   const bool asks = in_place && !deep && depth >= kPrefetchDepth && (few || tiles >= kLeastTiles);
   const bool asks_output = !packed && asks_for_output(gemm, depth, tiles);
   Asked asked;
-  asked.right = right_ahead;
+  asked.of[kRight] = right_ahead;
   if (deep && k0 + depth < gemm.k) {
-    asked.left = ahead_of_left(gemm.a, split.m0, split.m1, k0 + depth,
-                               minimum(block_depth(gemm), gemm.k - k0 - depth), split.panels * times);
+    asked.of[kLeft] = ahead_of_left(gemm.a, split.m0, split.m1, k0 + depth,
+                                    minimum(block_depth(gemm), gemm.k - k0 - depth), split.panels * times);
   }
   for (int64_t p = 0; p < split.panels; p += together) {
     const int64_t next = minimum(split.panels, p + together), after = minimum(split.panels, next + together);
     const int64_t row = split.begin(p), end = split.begin(next);
-    if (!deep) asked.left = Ahead();
+    if (!deep) asked.of[kLeft] = Ahead();
     if (asks && next < after)
-      asked.left = ahead_of_left(gemm.a, end, split.begin(after), k0, depth, times * (next - p));
+      asked.of[kLeft] = ahead_of_left(gemm.a, end, split.begin(after), k0, depth, times * (next - p));
     if (packed) {
       with_elements(gemm.a.dtype,
                     [&](auto zero) { pack_left<decltype(zero)>(gemm, split, p, next, k0, depth, scratch); });
       multiply_packed(gemm, scratch, split, p, next, block, k0, depth, n0, columns, &asked);
       continue;
     }
-    asked.output = Ahead();
+    asked.of[kOutput] = Ahead();
     if (asks_output && next < split.panels)
-      asked.output = ahead_of_output(gemm, split, next, n0, columns, times);
+      asked.of[kOutput] = ahead_of_output(gemm, split, next, n0, columns, times);
     const int rows = static_cast<int>(end - row);
     const LeftPanel left = prepare_left(gemm, row, rows, k0, depth, scratch);
     multiply_panel(gemm, left, block, row, rows, k0, depth, n0, columns, &asked);

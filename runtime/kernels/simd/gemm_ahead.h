@@ -16,6 +16,12 @@ constexpr int64_t kAheadSteps =
 // How often a tile asks.
 inline int64_t times_asked(int64_t depth) { return divide_up(depth, kAheadSteps); }
 
+#if defined(__clang__)
+#define POCKC_KEEP_LOOP _Pragma("nounroll")
+#else
+#define POCKC_KEEP_LOOP _Pragma("GCC unroll 1")
+#endif
+
 class Ahead {
  public:
   Ahead() = default;
@@ -45,13 +51,15 @@ class Ahead {
   int64_t at_ = 0;  // in the piece
 };
 
-// What is asked for besides the product at hand.
+enum Operand { kLeft, kRight, kOutput };
+
+// What is asked for besides the product at hand. A part of every large microkernel, so the loop stays one.
 struct Asked {
-  Ahead left, right, output;
+  Ahead of[3];  // by Operand
 
   POCKC_INLINE void ask() {
-    Ahead* const all[] = {&left, &right, &output};
-    for (Ahead* ahead : all) ahead->ask();
+    POCKC_KEEP_LOOP
+    for (int i = 0; i < 3; ++i) of[i].ask();
   }
 };
 

@@ -12,9 +12,9 @@ namespace POCKC_SIMD_NAMESPACE {
 constexpr int kFewRows = 8;
 
 // The columns [n0, n0 + columns) of up to kFewRows rows at `a`, `depth` steps from k0 on: up to W columns.
-template <typename Rows>
-void add_few(const Rows& rows, const float* a, int64_t a_stride, int row_count, int64_t n0, int64_t columns,
-             int64_t k0, int64_t depth, vf* sum) {
+inline void add_few(const RightMatrix& b, const float* a, int64_t a_stride, int row_count, int64_t n0,
+                    int64_t columns, int64_t k0, int64_t depth, vf* sum) {
+  const FloatRows rows{b.data, b.stride};
   for (int64_t k = k0; k < k0 + depth; k += W) {
     const int64_t valid = minimum<int64_t>(W, k0 + depth - k);
     vf x[W];
@@ -39,20 +39,9 @@ void add_few(const Rows& rows, const float* a, int64_t a_stride, int row_count, 
   }
 }
 
-inline void add_few(const RightMatrix& b, const float* a, int64_t a_stride, int row_count, int64_t n0,
-                    int64_t columns, int64_t k0, int64_t depth, vf* sum) {
-  if (b.compact.data == nullptr) {
-    add_few(FloatRows{b.data, b.stride}, a, a_stride, row_count, n0, columns, k0, depth, sum);
-    return;
-  }
-  with_compact_rows(b.compact, [&](const auto& rows) {
-    add_few(rows, a, a_stride, row_count, n0, columns, k0, depth, sum);
-  });
-}
-
 // Whether the product of these rows is better made so.
 inline bool is_few(const Gemm& gemm, int64_t rows) {
-  return !kHalfProducts && rows <= kFewRows && gemm.b.transposed && gemm.b.patches == nullptr &&
+  return !kHalfProducts && rows <= kFewRows && gemm.b.transposed && gemm.b.data != nullptr &&
          gemm.a.patches == nullptr && !gemm.a.transposed && !is_half(gemm.a.dtype) && !is_half(gemm.c.dtype);
 }
 

@@ -41,6 +41,8 @@ constexpr int kTileColumns = kTileVectors * W;
 // Four steps of k at a time where one is short: less to issue besides the multiply-adds.
 #if defined(__AVX512F__)
 #define POCKC_UNROLL_STEPS
+#elif defined(__clang__) && defined(__x86_64__)
+#define POCKC_UNROLL_STEPS _Pragma("unroll 2")  // four take a tenth longer: registers are few
 #elif defined(__clang__)
 #define POCKC_UNROLL_STEPS _Pragma("unroll 4")
 #else
@@ -69,9 +71,10 @@ struct Tile {
 constexpr int64_t kPrefetchDepth = 64;  // shorter sums are done before a line of C could arrive
 constexpr int64_t kStepsAhead = 12;     // of k: by then a line of B has come from the second-level cache
 
-// Large tiles ask while they multiply; code for it in small ones would cost more than it brings.
+// Tall tiles take A in runs; large ones ask while they multiply. In small ones that would be code in vain.
+constexpr bool is_tall(int64_t rows) { return 3 * rows > 2 * kTileRows; }
 template <int R, int V>
-constexpr bool asks_within = V == kTileVectors && 2 * R > kTileRows;
+constexpr bool asks_within = W >= 8 && V == kTileVectors && is_tall(R);
 
 __attribute__((noinline)) inline void ask_at_once(const Tile& t) {
   for (int64_t i = times_asked(t.depth); i > 0; --i) t.asked->ask();
@@ -111,11 +114,12 @@ void micro_kernel(const Tile& t) {
   const int64_t b_stride = t.b_stride;
   if (!asks_within<R, V>) ask_at_once(t);
   const Element* const* runs = t.runs;
-  for (int64_t k0 = 0; k0 < t.depth; k0 += t.chunk) {
+  const int64_t chunk = is_tall(R) ? t.chunk : t.depth;
+  for (int64_t k0 = 0; k0 < t.depth; k0 += chunk) {
     if constexpr (asks_within<R, V>) t.asked->ask();
-    if (late && k0 + 2 * t.chunk >= t.depth && k0 + t.chunk < t.depth) ask_for_output<R, V>(t);
-    if (RowMajor && runs != nullptr) a = *runs++;
-    const int64_t end = minimum(t.depth, k0 + t.chunk);
+    if (late && k0 + 2 * chunk >= t.depth && k0 + chunk < t.depth) ask_for_output<R, V>(t);
+    if (RowMajor && is_tall(R) && runs != nullptr) a = *runs++;
+    const int64_t end = minimum(t.depth, k0 + chunk);
     POCKC_UNROLL_STEPS
     for (int64_t k = k0; k < end; ++k) {
       POCKC_UNROLL

@@ -9,7 +9,7 @@ namespace pockc {
 namespace POCKC_SIMD_NAMESPACE {
 
 constexpr int64_t kZeros = 1024;
-alignas(64) const Element zeros[kZeros] = {};  // rows of patches above and below the image
+alignas(64) static Element zeros[kZeros];  // rows of patches above and below the image; never written
 
 // Whether patches can be read where they lie, but for those at the left and right border: their depth is one
 // block, and the taps of a row are neighbours.
@@ -44,11 +44,12 @@ struct LeftPanel {
   const Element* runs[kMaxTaps] = {};
 };
 
-// Patches that lie in runs, if they do: those of some neighbours in a row of the grid, away from its ends.
+// Patches that lie in runs, if they do: those of some neighbours in a row of the grid, away from its ends,
+// for a tall tile.
 inline bool find_runs(const Patches& p, int64_t m0, int rows, LeftPanel* panel) {
   const GridPosition at(p, m0);
   const int64_t x = at.w * p.step_w + p.tap_w[0], last = (at.w + rows - 1) * p.step_w + p.tap_w[p.taps_w - 1];
-  if (at.w + rows > p.grid_width || x < 0 || last >= p.width) return false;
+  if (!is_tall(rows) || at.w + rows > p.grid_width || x < 0 || last >= p.width) return false;
   panel->stride = p.step_w * p.pitch;
   panel->row_major = true;
   panel->run = p.channels * p.taps_w;
