@@ -39,8 +39,7 @@ void prepare_right(const Gemm& gemm, int64_t k0, int64_t depth, int64_t n0, int6
 
 constexpr int64_t kLargeFloats = 512 * 1024;  // of a matrix that no second-level cache holds
 constexpr int64_t kAheadColumns = 192;        // kDepth x as many floats are 192 KiB
-
-constexpr int64_t kLeastTiles = 4;  // with fewer, asking takes as long as waiting
+constexpr int64_t kLeastTiles = 4;            // with fewer, asking takes as long as waiting
 
 Tile first_tile(const Gemm& gemm, int64_t k0, int64_t depth) {
   Tile tile;
@@ -313,7 +312,7 @@ struct Blocking {
   }
 };
 
-// A part of a C of floats.
+// A part of a C of floats, or of halves whose tiles are rounded.
 void multiply_part(const Gemm& gemm, int64_t m0, int64_t m1, int64_t n0, int64_t n1, const Blocking& blocking,
                    float* scratch) {
   if (is_few(gemm, m1 - m0)) {

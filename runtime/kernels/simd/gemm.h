@@ -4,15 +4,16 @@
 // Blocking. A block of B of kDepth x block_columns is packed into panels as wide as the microkernel's tile;
 // it stays in the second-level cache while panels of up to kMaxRows rows of A pass over it, each of which
 // stays in the first level. A row-major A is read where it lies: packing it as well makes the microkernel a
-// twentieth faster, and takes as long as that saves. Only image patches, and layouts that would fall on the
-// same cache sets, are copied, kMaxRows rows at a time; a transposed A is packed, kMostRows at a time where
-// there are many, so that whole cache lines are used. Such panels lie together in the second level, and each
-// panel of B passes over all of them from the first. So the scratch memory is one block of B and, for such an
-// A, a few panels of it per thread, and no matrix is ever packed as a whole.
+// twentieth faster, and takes as long as that saves. Only image patches, but for those that lie in a few runs
+// (gemm_left.h), and layouts that would fall on the same cache sets, are copied, kMaxRows rows at a time; a
+// transposed A is packed, kMostRows at a time where there are many, so that whole cache lines are used. Such
+// panels lie together in the second level, and each panel of B passes over all of them from the first. So the
+// scratch memory is one block of B and, for such an A, a few panels of it per thread, and no matrix is ever
+// packed as a whole.
 //
 // Latency. Copies run at the speed of the memory only if it is asked early: the pieces of a row that a block
-// needs are too short for the hardware to run ahead. So packing asks for later rows, and panels of A are
-// asked for while the ones before them are multiplied.
+// needs are too short for the hardware to run ahead. So packing asks for later rows, and panels of A and the
+// next block of B are asked for while the ones before them are multiplied.
 //
 // A block of columns costs one more pass over A, from the cache as long as kDepth columns of A fit there. So
 // a thread with few rows takes narrow blocks: that costs no time, and the scratch memory of a small product
