@@ -18,13 +18,7 @@ inline void add_few(const RightMatrix& b, const float* a, int64_t a_stride, int 
   for (int64_t k = k0; k < k0 + depth; k += W) {
     const int64_t valid = minimum<int64_t>(W, k0 + depth - k);
     vf x[W];
-    POCKC_UNROLL
-    for (int i = 0; i < W; ++i) x[i] = i < columns ? rows.load(n0 + i, k, valid) : vf{};
-    if (k % kLineFloats == 0) {
-      POCKC_UNROLL
-      for (int i = 0; i < W; ++i) rows.ask(n0 + W + i, k);
-    }
-    transpose_square<1>(x);
+    load_square(rows, n0, k, columns, valid, x);
     for (int m = 0; m < row_count; ++m) {
       const float* left = a + m * a_stride + k;
       vf total = sum[m];

@@ -71,7 +71,8 @@ struct Tile {
 constexpr int64_t kPrefetchDepth = 64;  // shorter sums are done before a line of C could arrive
 constexpr int64_t kStepsAhead = 12;     // of k: by then a line of B has come from the second-level cache
 
-// Tall tiles take A in runs; large ones ask while they multiply. In small ones that would be code in vain.
+// Tall tiles take A in runs; large ones of wide vectors ask while they multiply, others before. More code for
+// small ones would be in vain.
 constexpr bool is_tall(int64_t rows) { return 3 * rows > 2 * kTileRows; }
 template <int R, int V>
 constexpr bool asks_within = W >= 8 && V == kTileVectors && is_tall(R);

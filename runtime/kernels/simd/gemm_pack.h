@@ -12,21 +12,28 @@ namespace POCKC_SIMD_NAMESPACE {
 inline void pair_rows(Element*, int64_t, int64_t) {}  // never called: nothing else is paired
 #endif
 
-// One vector-wide column strip of the panel from rows of B transposed: element k0 + k of row n0 + n. The rows
-// of the strip that follows are asked of the memory meanwhile.
+// The steps [k, k + valid) of up to W columns of B transposed, from n on: x[i] is step k + i, and zero in
+// columns that are too many. Meanwhile the memory is asked for the columns that follow.
+template <typename Rows>
+POCKC_INLINE void load_square(const Rows& rows, int64_t n, int64_t k, int64_t columns, int64_t valid,
+                              vf (&x)[W]) {
+  POCKC_UNROLL
+  for (int i = 0; i < W; ++i) x[i] = i < columns ? rows.load(n + i, k, valid) : vf{};
+  if (k % kLineFloats == 0) {
+    POCKC_UNROLL
+    for (int i = 0; i < W; ++i) rows.ask(n + W + i, k);
+  }
+  transpose_square<1>(x);
+}
+
+// One vector-wide column strip of the panel from rows of B transposed: element k0 + k of row n0 + n.
 template <typename Rows>
 void pack_transposed(const Rows& rows, int64_t n0, int64_t k0, int64_t depth, int64_t columns, Element* to,
                      int64_t to_stride) {
   for (int64_t k = 0; k < depth; k += W) {
     const int64_t valid = minimum<int64_t>(W, depth - k);
     vf x[W];
-    POCKC_UNROLL
-    for (int i = 0; i < W; ++i) x[i] = i < columns ? rows.load(n0 + i, k0 + k, valid) : vf{};
-    if (k % kLineFloats == 0) {
-      POCKC_UNROLL
-      for (int i = 0; i < W; ++i) rows.ask(n0 + W + i, k0 + k);
-    }
-    transpose_square<1>(x);
+    load_square(rows, n0, k0 + k, columns, valid, x);
     if (valid == W) {
       POCKC_UNROLL
       for (int i = 0; i < W; ++i) store(to + (k + i) * to_stride, x[i]);
