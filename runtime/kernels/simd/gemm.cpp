@@ -39,6 +39,10 @@ void prepare_right(const Gemm& gemm, int64_t k0, int64_t depth, int64_t n0, int6
 
 constexpr int64_t kLargeFloats = 512 * 1024;  // of a matrix that no second-level cache holds
 constexpr int64_t kAheadColumns = 192;        // kDepth x as many floats are 192 KiB
+#ifndef TD
+#define TD 512
+#endif
+constexpr int64_t kTransposedDepth = TD, kCopiedDepth = 384;
 constexpr int64_t kLeastTiles = 4;            // with fewer, asking takes as long as waiting
 
 Tile first_tile(const Gemm& gemm, int64_t k0, int64_t depth) {
@@ -70,12 +74,22 @@ void finish_rows(const Gemm& gemm, float* const* c, int64_t rows, int64_t n0, in
   }
 }
 
-// Steps of k that a block has. Panels of bfloat16 take half of the memory, so that a product of twice the
-// depth may be one block, which is worth it where rows of A are read in order.
-int64_t block_depth(const Gemm& gemm) {
-  const bool deep = kPaired && !gemm.a.transposed && gemm.k <= 2 * kDepth;
-  return deep ? 2 * kDepth : kDepth;
+// Most steps of k in a block of bfloat16, of which scratch memory holds twice as many as of floats: as many as
+// there is room for copied rows, or for rows that lie in memory with some columns of B.
+int64_t deepest(const Gemm& gemm) {
+  if (gemm.a.transposed && gemm.a.patches == nullptr) return kTransposedDepth;
+  return copies_rows(gemm.a) ? kCopiedDepth : gemm.n >= 96 ? 1024 : 512;
 }
+
+// Steps of k that a block has.
+int64_t block_depth(const Gemm& gemm) {
+  if (!kPaired) return kDepth;
+  return round_up(divide_up(gemm.k, divide_up(gemm.k, deepest(gemm))), 32);
+}
+
+// Columns of C that wait together to be rounded. B is packed again for each block of rows, which are more where
+// columns are few; but copied rows of A are copied again for each block of columns.
+int64_t sum_columns(const Gemm& gemm) { return kPaired && !copies_rows(gemm.a) ? 64 : kSumColumns; }
 
 // Whether every tile of a C of halves can be rounded as soon as it is there.
 bool rounds_tiles(const Gemm& gemm) {
@@ -204,11 +218,11 @@ Ahead ahead_of_output(const Gemm& gemm, const RowSplit& split, int64_t panel, in
 
 // All panels of A with one block of B.
 void multiply_block(const Gemm& gemm, const RowSplit& split, int64_t k0, int64_t depth, int64_t n0,
-                    int64_t columns, const Block& block, Ahead right_ahead, int64_t copied_rows,
+                    int64_t columns, const Block& block, Ahead right_ahead, int64_t left_elements,
                     Element* scratch) {
   const int64_t tiles = divide_up(columns, kTileColumns), times = tiles * times_asked(depth);
   const bool packed = is_packed(gemm.a, columns);
-  const int64_t room = minimum(copied_rows * (depth + kPadding) / panel_pitch(depth), kMostPanels);
+  const int64_t room = minimum(left_elements / panel_pitch(depth), kMostPanels);
   const int64_t together = packed ? room : 1;
   const bool in_place = gemm.a.patches == nullptr && !is_half(gemm.a.dtype);
   // A transposed A that is read where it lies: its next block in depth. Otherwise the next panels, which lie
@@ -306,8 +320,10 @@ struct Blocking {
   Blocking(const Gemm& gemm, int64_t rows)
       : columns(block_columns(rows, copied(gemm.a))), left_rows(copied_rows(rows, copied(gemm.a))) {}
   // Columns that are taken at a time, of so many: blocks of nearly the same size.
-  int64_t step(int64_t count) const {
-    const int64_t most = columns / kTileColumns * kTileColumns;
+  int64_t step(const Gemm& gemm, int64_t count, int64_t depth) const {
+    int64_t most = columns;
+    if (kPaired) most = minimum(columns, 2 * minimum(gemm.k, kDepth) * minimum(round_up(gemm.n, 16), columns) / depth);
+    most = maximum<int64_t>(most / kTileColumns * kTileColumns, kTileColumns);
     return round_up(divide_up(count, divide_up(count, most)), kTileColumns);
   }
 };
@@ -327,7 +343,8 @@ void multiply_part(const Gemm& gemm, int64_t m0, int64_t m1, int64_t n0, int64_t
   const bool direct = !kHalfProducts && split.panels <= 2 && !gemm.b.transposed &&
                       gemm.b.patches == nullptr && gemm.b.group_offsets == nullptr &&
                       gemm.b.compact.data == nullptr;
-  const int64_t step = blocking.step(n1 - n0), most_depth = block_depth(gemm);
+  const int64_t most_depth = block_depth(gemm), step = blocking.step(gemm, n1 - n0, most_depth);
+  const int64_t left_elements = left_scratch(blocking.left_rows, gemm.k) * (kHalfProducts ? 2 : 1);
   // Panels of halves take half of the scratch memory that is planned for panels of floats.
   Element* const left = reinterpret_cast<Element*>(scratch);
   Element* const packed = reinterpret_cast<Element*>(scratch + left_scratch(blocking.left_rows, gemm.k));
@@ -345,7 +362,7 @@ void multiply_part(const Gemm& gemm, int64_t m0, int64_t m1, int64_t n0, int64_t
         right_ahead = ahead_of_right(gemm.b, next_k, minimum(most_depth, gemm.k - next_k), next_n,
                                      minimum(step, n1 - next_n), times);
       }
-      multiply_block(gemm, split, k, depth, n, columns, panel, right_ahead, blocking.left_rows, left);
+      multiply_block(gemm, split, k, depth, n, columns, panel, right_ahead, left_elements, left);
     }
   }
 }
@@ -355,7 +372,7 @@ void multiply_narrowed(const Gemm& gemm, int64_t m0, int64_t m1, int64_t n0, int
                        const Blocking& blocking, float* scratch) {
   const int64_t planned_columns = minimum(round_up(gemm.n, 16), blocking.columns);
   const int64_t planned = minimum(most_rows, kSumFloats / planned_columns) * planned_columns;
-  const int64_t most = minimum(planned_columns, kSumColumns);
+  const int64_t most = minimum(planned_columns, sum_columns(gemm));
   const int64_t step = most / kTileColumns > 0 ? most / kTileColumns * kTileColumns : most;
   const int64_t rows = planned / most;
   Gemm part = gemm;

@@ -64,7 +64,12 @@ inline bool find_runs(const Patches& p, int64_t m0, int rows, LeftPanel* panel) 
 }
 
 // Rows that lie a multiple of 4 KiB apart share cache sets: more of them than ways would evict each other.
-inline bool conflicts(int64_t stride) { return stride % 1024 == 0; }
+inline bool conflicts(int64_t stride) { return stride * sizeof(Element) % 4096 == 0; }
+
+// Whether rows are copied before they are multiplied.
+inline bool copies_rows(const LeftMatrix& a) {
+  return a.patches != nullptr || is_half(a.dtype) != kHalfProducts || conflicts(a.stride);
+}
 
 template <typename T>
 void copy_rows(const LeftMatrix& a, int64_t m0, int rows, int64_t k0, int64_t depth, Element* copy) {
