@@ -33,7 +33,6 @@ void prepare_right(const Gemm& gemm, int64_t k0, int64_t depth, int64_t n0, int6
     const bool stays = n < whole;
     block->panel[index] = stays ? right_in_place(gemm.b, k0, n0 + n) : packed + n * depth;
     block->stride[index] = stays ? gemm.b.stride : panel_width(columns - n);
-    if (kPaired) pair_rows(packed + n * depth, depth, panel_width(columns - n));
   }
 }
 
@@ -43,7 +42,7 @@ constexpr int64_t kAheadColumns = 192;        // kDepth x as many floats are 192
 #define TD 512
 #endif
 constexpr int64_t kTransposedDepth = TD, kCopiedDepth = 384;
-constexpr int64_t kLeastTiles = 4;            // with fewer, asking takes as long as waiting
+constexpr int64_t kLeastTiles = 4;  // with fewer, asking takes as long as waiting
 
 Tile first_tile(const Gemm& gemm, int64_t k0, int64_t depth) {
   Tile tile;
@@ -74,8 +73,8 @@ void finish_rows(const Gemm& gemm, float* const* c, int64_t rows, int64_t n0, in
   }
 }
 
-// Most steps of k in a block of bfloat16, of which scratch memory holds twice as many as of floats: as many as
-// there is room for copied rows, or for rows that lie in memory with some columns of B.
+// Most steps of k in a block of bfloat16, of which scratch memory holds twice as many as of floats: as many
+// as there is room for copied rows, or for rows that lie in memory with some columns of B.
 int64_t deepest(const Gemm& gemm) {
   if (gemm.a.transposed && gemm.a.patches == nullptr) return kTransposedDepth;
   return copies_rows(gemm.a) ? kCopiedDepth : gemm.n >= 96 ? 1024 : 512;
@@ -87,8 +86,8 @@ int64_t block_depth(const Gemm& gemm) {
   return round_up(divide_up(gemm.k, divide_up(gemm.k, deepest(gemm))), 32);
 }
 
-// Columns of C that wait together to be rounded. B is packed again for each block of rows, which are more where
-// columns are few; but copied rows of A are copied again for each block of columns.
+// Columns of C that wait together to be rounded. B is packed again for each block of rows, which are more
+// where columns are few; but copied rows of A are copied again for each block of columns.
 int64_t sum_columns(const Gemm& gemm) { return kPaired && !copies_rows(gemm.a) ? 64 : kSumColumns; }
 
 // Whether every tile of a C of halves can be rounded as soon as it is there.
@@ -322,7 +321,8 @@ struct Blocking {
   // Columns that are taken at a time, of so many: blocks of nearly the same size.
   int64_t step(const Gemm& gemm, int64_t count, int64_t depth) const {
     int64_t most = columns;
-    if (kPaired) most = minimum(columns, 2 * minimum(gemm.k, kDepth) * minimum(round_up(gemm.n, 16), columns) / depth);
+    if (kPaired)
+      most = minimum(columns, 2 * minimum(gemm.k, kDepth) * minimum(round_up(gemm.n, 16), columns) / depth);
     most = maximum<int64_t>(most / kTileColumns * kTileColumns, kTileColumns);
     return round_up(divide_up(count, divide_up(count, most)), kTileColumns);
   }

@@ -1,8 +1,8 @@
 // The sums of a tile from panels of bfloat16, for x86 with AVX512_BF16: two products a lane and instruction.
 //
 // Steps of k go in pairs: the two elements of a row of A lie side by side, and so do those of a column of B.
-// A row-major A has them so; panels that are packed row by row are paired afterwards (pair_rows). Where the
-// depth is odd, the last step is one of floats.
+// A row-major A and a transposed B have them so; of others two rows are packed at a time. Where the depth is
+// odd, the last step is one of floats.
 //
 // Error. A product of two such numbers is a float, exactly, and every sum is a float: so it is that of a
 // product of floats, K 2^-24 sum |a b|, if a and b are what they are. An operand of floats is rounded before,
@@ -11,6 +11,7 @@
 #define POCKC_SIMD_GEMM_BF16_H_
 
 #include "simd/halves.h"
+#include "simd/transpose_square.h"
 
 namespace pockc {
 namespace POCKC_SIMD_NAMESPACE {
@@ -30,23 +31,55 @@ POCKC_INLINE __m512bh splat_pair(const B16* p) {
   return reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
 }
 
-// Rows 2 i and 2 i + 1 of a panel of W or 2 W columns become pairs, in the order of the columns. A last row
-// without a partner stays.
-inline void pair_rows(B16* panel, int64_t depth, int64_t width) {
-  alignas(64) uint16_t from[4 * W];  // which element of both rows each place takes
-  for (int64_t i = 0; i < 2 * width; ++i) from[i] = static_cast<uint16_t>(i % 2 * width + i / 2);
-  const __m512i low = _mm512_load_si512(from);
-  if (width == W) {
-    for (; depth >= 2; depth -= 2, panel += 2 * W) {
-      _mm512_storeu_si512(panel, _mm512_permutexvar_epi16(low, _mm512_loadu_si512(panel)));
+// Two rows of W elements as pairs.
+POCKC_INLINE void store_pairs(B16* to, __m512i rows) {
+  alignas(64) static constexpr uint16_t kOrder[2 * W] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                         21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                         11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), rows));
+}
+// Both in one vector, one after the other.
+POCKC_INLINE __m512i both(vf first, vf second) {
+  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
+}
+POCKC_INLINE void store_pairs(B16* to, vf even, vf odd) { store_pairs(to, both(even, odd)); }
+POCKC_INLINE void copy_pairs(B16* to, const B16* even, const B16* odd) {
+  const __m512i low = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even)));
+  store_pairs(
+      to, _mm512_maskz_inserti64x4(0xff, low, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd)), 1));
+}
+
+template <typename T>
+POCKC_INLINE void copy_pairs(B16* to, const T* even, const T* odd) {
+  store_pairs(to, load(even), load(odd));
+}
+
+// W columns from `column` on of a panel of `width`, from rows of B transposed: element k0 + k of row n0 + n.
+// A vector of pairs is moved as one of floats is.
+template <typename Rows>
+void pack_transposed_pairs(const Rows& rows, int64_t n0, int64_t k0, int64_t depth, int64_t columns,
+                           B16* panel, int64_t width, int64_t column) {
+  for (int64_t k = 0; k < depth; k += 2 * W) {
+    const int64_t valid = minimum<int64_t>(2 * W, depth - k), low = minimum<int64_t>(valid, W);
+    vf x[W];
+    POCKC_UNROLL
+    for (int i = 0; i < W; ++i) {
+      x[i] = vf{};
+      if (i >= columns) continue;
+      const vf high = valid > W ? rows.load(n0 + i, k0 + k + W, valid - W) : vf{};
+      x[i] = reinterpret_cast<vf>(both(rows.load(n0 + i, k0 + k, low), high));
     }
-    return;
-  }
-  const __m512i high = _mm512_load_si512(from + width);
-  for (; depth >= 2; depth -= 2, panel += 4 * W) {
-    const __m512i even = _mm512_loadu_si512(panel), odd = _mm512_loadu_si512(panel + 2 * W);
-    _mm512_storeu_si512(panel, _mm512_permutex2var_epi16(even, low, odd));
-    _mm512_storeu_si512(panel + 2 * W, _mm512_permutex2var_epi16(even, high, odd));
+    POCKC_UNROLL
+    for (int i = 0; i < W; ++i) {
+      rows.ask(n0 + W + i, k0 + k);
+      rows.ask(n0 + W + i, k0 + k + W);
+    }
+    transpose_square<1>(x);
+    B16* line = panel + k * width + 2 * column;
+    for (int64_t i = 0; i < valid / 2; ++i, line += 2 * width) std::memcpy(line, &x[i], sizeof(vf));
+    if (valid % 2 == 0) continue;  // a last step alone
+    const __m256i last = _mm512_maskz_cvtepi32_epi16(0xffff, reinterpret_cast<__m512i>(x[valid / 2]));
+    std::memcpy(line - column, &last, sizeof(last));
   }
 }
 

@@ -114,6 +114,26 @@ inline bool is_packed(const LeftMatrix& a, int64_t columns) {
   return is_half(a.dtype) || conflicts(a.stride) || columns > 2 * kTileColumns;
 }
 
+// W elements of one row of A, or pairs of two.
+template <typename T>
+POCKC_INLINE void pack_vector(const T* line, const T* next, int64_t steps, Element* to) {
+  if (kPaired && steps == 2) {
+    copy_pairs(to, line, next);
+  } else {
+    copy_vector(to, line);
+  }
+}
+// The same where the matrix may end at `limit`, with zeros beyond.
+template <typename T>
+POCKC_INLINE void pack_last(const T* line, const T* next, int64_t steps, const T* limit, Element* to) {
+  const vf x = load_n(line, maximum<int64_t>(0, minimum<int64_t>(limit - line, W)));
+  if (kPaired && steps == 2) {
+    store_pairs(to, x, load_n(next, maximum<int64_t>(0, minimum<int64_t>(limit - next, W))));
+  } else {
+    store(to, x);
+  }
+}
+
 // The panels `first` to `end` of the rows [m0, m1) of a matrix of T: as many together
 // as there is scratch memory for, because a step of k is a few cache lines, of which a panel alone would use
 // a part.
@@ -127,27 +147,28 @@ void pack_left(const Gemm& gemm, const RowSplit& split, int64_t first, int64_t e
   int64_t row[kMostPanels] = {};
   for (int64_t p = first; p < end; ++p) row[p - first] = split.begin(p);
   const int64_t panels = end - first, span = row[panels - 1] + kPanelWidth - row[0];
-  for (int64_t k = 0; k < depth; ++k) {
+  for (int64_t k = 0, steps; k < depth; k += steps) {
+    steps = steps_together(depth - k);
     const T* line = data + (k0 + k) * a.stride;
-    Element* to = packed + k * kLeftPitch;
-    if (limit - (line + row[0]) >= span) {
-      const T* later = line + minimum(kRowsAhead, depth - 1 - k) * a.stride + row[0];
-      for (int64_t i = 0; i < span; i += kLineFloats) __builtin_prefetch(later + i);
-      for (int64_t p = 0; p < panels; ++p, to += panel_pitch(depth)) {
-        POCKC_UNROLL
-        for (int64_t i = 0; i < kPanelWidth; i += W) store(to + i, load(line + row[p] + i));
-      }
-      continue;
+    const T* next = line + (steps - 1) * a.stride;
+    const bool inside = limit - (next + row[0]) >= span;
+    for (int64_t i = 0; inside && i < steps; ++i) {
+      const T* later = line + minimum(kRowsAhead + i, depth - 1 - k) * a.stride + row[0];
+      for (int64_t j = 0; j < span; j += kLineFloats) __builtin_prefetch(later + j);
     }
+    Element* to = packed + k * kLeftPitch;
     for (int64_t p = 0; p < panels; ++p, to += panel_pitch(depth)) {
+      POCKC_UNROLL
       for (int64_t i = 0; i < kPanelWidth; i += W) {
-        const int64_t left = minimum<int64_t>(limit - (line + row[p] + i), W);
-        if (left > 0) store_n(to + i, load_n(line + row[p] + i, left), left);
+        const int64_t at = row[p] + i;
+        if (inside) {
+          pack_vector(line + at, next + at, steps, to + steps * i);
+        } else {
+          pack_last(line + at, next + at, steps, limit, to + steps * i);
+        }
       }
     }
   }
-  for (int64_t p = 0; kPaired && p < panels; ++p)
-    pair_rows(packed + p * panel_pitch(depth), depth, kPanelWidth);
 }
 
 }  // namespace POCKC_SIMD_NAMESPACE

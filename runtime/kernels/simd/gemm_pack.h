@@ -9,8 +9,17 @@ namespace pockc {
 namespace POCKC_SIMD_NAMESPACE {
 
 #if !defined(__AVX512BF16__)
-inline void pair_rows(Element*, int64_t, int64_t) {}  // never called: nothing else is paired
+// Never called: nothing else is paired.
+template <typename... Arguments>
+void copy_pairs(Arguments...) {}
+template <typename... Arguments>
+void store_pairs(Arguments...) {}
+template <typename... Arguments>
+void pack_transposed_pairs(Arguments...) {}
 #endif
+
+// Steps of k that are packed together, of those that are left.
+POCKC_INLINE int64_t steps_together(int64_t left) { return kPaired && left > 1 ? 2 : 1; }
 
 // The steps [k, k + valid) of up to W columns of B transposed, from n on: x[i] is step k + i, and zero in
 // columns that are too many. Meanwhile the memory is asked for the columns that follow.
@@ -55,14 +64,6 @@ struct RightRow {
   }
 };
 
-// `columns` elements of a row, then anything up to a whole vector: those columns of C are never stored.
-template <typename Rows>
-POCKC_INLINE void copy_row(const Rows& rows, int64_t row, int64_t offset, int64_t columns, Element* to) {
-  for_vectors(0, columns, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
-    store(to + i, rows.load(row, offset + i, valid));
-  });
-}
-
 inline int64_t panel_width(int64_t columns) {
   return round_up(minimum<int64_t>(columns, kTileColumns), kPanelStep);
 }
@@ -72,25 +73,42 @@ constexpr int64_t kRowsAhead = 8;
 // Panels of B that are packed together: their part of a row is several cache lines, side by side.
 constexpr int64_t kPanelsPacked = 64 / kTileColumns;
 
+// `columns` columns of `steps` steps from k on, in panels of `depth` steps: put(n, valid, to) stores a vector
+// of them. Up to a whole vector may be anything: those columns of C are never stored.
+template <typename Put>
+POCKC_INLINE void pack_steps(int64_t k, int64_t steps, int64_t depth, int64_t columns, Element* to,
+                             const Put& put) {
+  const int64_t whole = columns / kTileColumns * kTileColumns, width = panel_width(columns - whole);
+  Element* panel = to + k * kTileColumns;
+  for (int64_t n = 0; n < whole; n += kTileColumns, panel += depth * kTileColumns) {
+    POCKC_UNROLL
+    for (int64_t i = 0; i < kTileColumns; i += W) put(n + i, W, panel + steps * i);
+  }
+  if (whole == columns) return;
+  panel = to + whole * depth + k * width;
+  for_vectors(0, columns - whole,
+              [&](int64_t i, int64_t valid) POCKC_LAMBDA { put(whole + i, valid, panel + steps * i); });
+}
+
 // `columns` of all rows of the block, of up to kPanelsPacked panels.
 template <typename Rows>
 void pack_panels(const Rows& rows, const RightMatrix& b, int64_t k0, int64_t depth, int64_t n0,
                  int64_t columns, Element* to) {
-  const int64_t whole = columns / kTileColumns * kTileColumns, width = panel_width(columns - whole);
-  for (int64_t k = 0; k < depth; ++k) {
-    if (k + kRowsAhead < depth) {
-      const RightRow later(b, k0 + k + kRowsAhead);
+  for (int64_t k = 0, steps; k < depth; k += steps) {
+    steps = steps_together(depth - k);
+    for (int64_t ahead = k + kRowsAhead; ahead < minimum(depth, k + kRowsAhead + steps); ++ahead) {
+      const RightRow later(b, k0 + ahead);
       for (int64_t n = 0; n < columns; n += kLineFloats) rows.ask(later.row, later.offset + n0 + n);
     }
-    const RightRow at(b, k0 + k);
-    Element* panel = to + k * kTileColumns;
-    for (int64_t n = 0; n < whole; n += kTileColumns, panel += depth * kTileColumns) {
-      POCKC_UNROLL
-      for (int64_t i = 0; i < kTileColumns; i += W)
-        store(panel + i, rows.load(at.row, at.offset + n0 + n + i, W));
-    }
-    if (whole < columns)
-      copy_row(rows, at.row, at.offset + n0 + whole, columns - whole, to + whole * depth + k * width);
+    const RightRow at(b, k0 + k), next(b, k0 + k + steps - 1);
+    pack_steps(k, steps, depth, columns, to, [&](int64_t n, int64_t valid, Element* line) POCKC_LAMBDA {
+      const vf x = rows.load(at.row, at.offset + n0 + n, valid);
+      if (kPaired && steps == 2) {
+        store_pairs(line, x, rows.load(next.row, next.offset + n0 + n, valid));
+      } else {
+        store(line, x);
+      }
+    });
   }
 }
 
@@ -106,7 +124,11 @@ void pack_rows(const Rows& rows, const RightMatrix& b, int64_t k0, int64_t depth
       continue;
     }
     for (int64_t i = 0; i < valid; i += W) {
-      pack_transposed(rows, n0 + n + i, k0, depth, valid - i, to + n * depth + i, panel_width(valid));
+      if constexpr (kPaired) {
+        pack_transposed_pairs(rows, n0 + n + i, k0, depth, valid - i, to + n * depth, panel_width(valid), i);
+      } else {
+        pack_transposed(rows, n0 + n + i, k0, depth, valid - i, to + n * depth + i, panel_width(valid));
+      }
     }
   }
 }
@@ -123,16 +145,19 @@ inline void pack_block(const RightMatrix& b, int64_t k0, int64_t depth, int64_t 
 // Patches are written row by row, and a row spans all panels of the block.
 inline void pack_patches(const Patches& patches, int64_t k0, int64_t depth, int64_t n0, int64_t columns,
                          Element* to) {
-  alignas(64) float row[kColumns + kOverrun];
+  alignas(64) Element row[2][kColumns + kOverrun];
   GridPosition at(patches, k0);
   const PatchColumn first(patches, n0);
-  for (int64_t k = 0; k < depth; ++k, at.next(patches)) {
-    copy_patch(patches, at, first, columns, row);
-    for (int64_t n = 0; n < columns; n += kTileColumns) {
-      const int64_t width = panel_width(columns - n);
-      const FloatRows copied{row, 0};
-      copy_row(copied, 0, n, minimum<int64_t>(columns - n, kTileColumns), to + n * depth + k * width);
-    }
+  for (int64_t k = 0, steps; k < depth; k += steps) {
+    steps = steps_together(depth - k);
+    for (int64_t i = 0; i < steps; ++i, at.next(patches)) copy_patch(patches, at, first, columns, row[i]);
+    pack_steps(k, steps, depth, columns, to, [&](int64_t n, int64_t, Element* line) POCKC_LAMBDA {
+      if (kPaired && steps == 2) {
+        copy_pairs(line, row[0] + n, row[1] + n);
+      } else {
+        copy_vector(line, row[0] + n);
+      }
+    });
   }
 }
 

@@ -49,9 +49,18 @@ struct GridPosition {
 };
 
 template <typename T, typename To>
+POCKC_INLINE void copy_vector(To* to, const T* from) {
+  store(to, load(from));
+}
+template <typename T>
+POCKC_INLINE void copy_vector(T* to, const T* from) {
+  std::memcpy(to, from, W * sizeof(T));  // halves need not become floats
+}
+
+template <typename T, typename To>
 POCKC_INLINE void copy_run(To* to, const T* from, int64_t n) {
   int64_t i = 0;
-  for (; i + W <= n; i += W) store(to + i, load(from + i));
+  for (; i + W <= n; i += W) copy_vector(to + i, from + i);
   if (i < n) store_n(to + i, load_partial(from + i, n - i), n - i);
 }
 template <typename T>
@@ -65,8 +74,13 @@ constexpr int64_t kOverrun = 16;
 template <typename T, typename To>
 POCKC_INLINE void copy_run_loosely(To* to, const T* from, int64_t n, const T* limit) {
   int64_t i = 0;
-  for (; i + W <= n; i += W) store(to + i, load(from + i));
-  if (i < n) store(to + i, limit - (from + i) >= W ? load(from + i) : load_partial(from + i, n - i));
+  for (; i + W <= n; i += W) copy_vector(to + i, from + i);
+  if (i == n) return;
+  if (limit - (from + i) >= W) {
+    copy_vector(to + i, from + i);
+  } else {
+    store(to + i, load_partial(from + i, n - i));
+  }
 }
 template <typename To>
 POCKC_INLINE void zero_run_loosely(To* to, int64_t n) {
