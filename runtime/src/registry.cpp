@@ -75,6 +75,7 @@ namespace pockc::simd_avx512 {
 #if defined(POCKC_HAS_BF16)
 namespace pockc::simd_bf16 {
 #define POCKC_HALF_PRODUCTS POCKC_DECLARE_SIMD
+#define POCKC_BF16_PRODUCTS POCKC_DECLARE_SIMD
 #include "kernels.inc"
 }  // namespace pockc::simd_bf16
 #endif
@@ -131,6 +132,7 @@ constexpr KernelEntry kAvx512[] = {
 constexpr KernelEntry kBf16[] = {
 #define POCKC_HALF_PRODUCTS(op) \
   {#op, "simd-avx512-bf16", nullptr, simd_bf16::accepts_##op, simd_bf16::run_##op},
+#define POCKC_BF16_PRODUCTS POCKC_HALF_PRODUCTS
 #include "kernels.inc"
     kEnd};
 #endif

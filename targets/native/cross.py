@@ -74,10 +74,11 @@ def kernel_list(program: Program, device: Device) -> str:
     complete = (toolchain.runtime_sources() / "kernels" / "kernels.inc").read_text()
 
     def keep(line: str) -> bool:
-        entry = re.match(r"POCKC_(REF|SIMD|DOTPROD|HALF_PRODUCTS)\((\w+)\)", line)
+        entry = re.match(r"POCKC_(REF|SIMD|DOTPROD|HALF_PRODUCTS|BF16_PRODUCTS)\((\w+)\)", line)
         if entry is None:
             return True
-        return entry[2] in used and (entry[1] != "HALF_PRODUCTS" or multiplies_halves)
+        wanted = {"HALF_PRODUCTS": multiplies_halves, "BF16_PRODUCTS": multiplies_halves and device.is_x86}
+        return entry[2] in used and wanted.get(entry[1], True)
 
     others = [name for name in _X86_SETS if device.instruction_set not in ("", name)]
     left_out = "".join(f"#define POCKC_WITHOUT_{name.upper()}\n" for name in others)

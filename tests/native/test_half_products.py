@@ -17,7 +17,8 @@ from torch import nn
 
 import pockc
 from pockc.halves import UNIT_ROUNDOFF, narrow, widen
-from pockc.ir import Array
+from pockc.ir import Array, TensorType
+from pockc.ops import complete_attributes, infer
 from pockc.ops.common import f32
 from pockc.parity import tolerances
 from pockc.targets.native.workspace import workspace_bytes
@@ -88,6 +89,65 @@ def test_products_keep_to_the_bound_of_sums_of_floats(
     if type_.is_half:
         bound = bound + 1.001 * UNIT_ROUNDOFF["b16"] * np.abs(want) + UNIT_ROUNDOFF["b16"] * bound
     assert np.all(np.abs(close - want) <= bound)
+
+
+ATTENTIONS = [  # batch, heads, key heads, queries, keys, depth, causal
+    (2, 4, 2, 5, 7, 9, False),
+    (1, 2, 2, 70, 70, 32, True),
+    (1, 2, 1, 67, 301, 16, False),
+    (1, 1, 1, 130, 259, 20, True),
+]
+
+
+@pytest.mark.parametrize("case", ATTENTIONS)
+def test_attention_rounds_probabilities_once(case: tuple[int, int, int, int, int, int, bool]) -> None:
+    need_bf16()
+    batch, heads, key_heads, queries, keys, depth, causal = case
+    attrs = {"scale": 0.4, "causal": causal}
+    query, key = f32(batch, heads, queries, depth), f32(batch, key_heads, keys, depth)
+    q, k, v, ct = (_stored(shape, seed) for seed, shape in enumerate((query, key, key, query)))
+    forward = _run("attention", [q, k, v], attrs)
+    exact_q, exact_k, exact_v, exact_ct = (widen(x, "b16") for x in (q, k, v, ct))
+    out, log_sum = expected("attention", [exact_q, exact_k, exact_v], complete_attributes("attention", attrs))
+    sizes = expected("attention", [exact_q, exact_k, np.abs(exact_v)], complete_attributes("attention", attrs))[0]
+    unit = UNIT_ROUNDOFF["b16"]
+    assert np.all(np.abs(widen(forward[0], "b16") - out) <= 1.05 * unit * (sizes + np.abs(out)) + 1e-4)
+    np.testing.assert_allclose(forward[1], log_sum, rtol=1e-5, atol=1e-5)
+
+    exact_out = widen(narrow(out, "b16"), "b16")
+    found = _run("attention_grad", [ct, q, k, v, narrow(out, "b16"), log_sum], attrs)
+    operands = [exact_ct, exact_q, exact_k, exact_v, exact_out, log_sum]
+    wanted = expected("attention_grad", operands, complete_attributes("attention_grad", attrs))
+    group = heads // key_heads
+    wide_k, wide_v = (np.repeat(x, group, axis=1) for x in (exact_k, exact_v))
+    seen = np.tril(np.ones((queries, keys), bool)) if causal else np.ones((queries, keys), bool)
+    p = np.where(seen, np.exp(0.4 * exact_q @ wide_k.swapaxes(2, 3) - log_sum[..., None]), 0)
+    ds = 0.4 * np.abs(p * (exact_ct @ wide_v.swapaxes(2, 3) - (exact_ct * exact_out).sum(-1, keepdims=True)))
+    of_heads = [p.swapaxes(2, 3) @ np.abs(exact_ct), ds.swapaxes(2, 3) @ np.abs(exact_q)]
+    dv, dk = (x.reshape(batch, key_heads, group, keys, depth).sum(2) for x in of_heads)
+    for got, want, size in zip(found, wanted, (ds @ np.abs(wide_k), dk, dv), strict=True):
+        assert np.all(np.abs(got - want) <= 1.05 * unit * size + 1e-4)
+        assert np.abs(got - want).max() > 1e-5, "the products are those of floats"
+
+
+def _stored(type_: TensorType, seed: int) -> Array:
+    values = np.random.default_rng(seed).uniform(-2, 2, type_.shape).astype(np.float32)
+    return narrow(values, "b16")
+
+
+def _run(op: str, operands: list[Array], attrs: Mapping[str, Any]) -> list[Array]:
+    """By one thread and by three, whose results must be the same."""
+    types = [TensorType(x.shape, "f32" if x.dtype == np.float32 else "b16") for x in operands]
+    complete = complete_attributes(op, attrs)
+    results, _ = infer(op, types, complete)
+    room = workspace_bytes(op, types, list(results), complete, 3)
+    found = []
+    for threads in (1, 3):
+        status, got = kernels.run_typed(op, "half-b16", operands, types, list(results), complete, threads, room)
+        assert status == kernels.OK
+        found.append(got)
+    assert all(one.tobytes() == several.tobytes() for one, several in zip(*found, strict=True))
+    return found[0]
 
 
 def test_other_left_operands_are_left_to_other_kernels() -> None:

@@ -64,9 +64,10 @@ void add_tile(const Attention& a, const ScoreTile& tile, float* scores, Softmax*
     with_mask(a, tile, i,
               [&](const auto& mask) POCKC_LAMBDA { soften(a, mask, row, seen, softmax + (i - tile.begin)); });
     zero_run(row + seen, tile.columns() - seen);
+    round_scores(row, tile.columns());
   }
   Gemm g;
-  plain(&g, scores, a.score_pitch(), false, a.v.from(a.key_row(tile.b, tile.h, tile.first) * a.value_depth),
+  plain(&g, rounded_scores(scores), kScoresPerFloat * a.score_pitch(), false, a.v.from(a.key_row(tile.b, tile.h, tile.first) * a.value_depth),
         a.value_depth, false, softmax[0].out, a.value_depth);
   multiply(tile.rows(), a.value_depth, tile.columns(), &g, tile.first > 0, scratch);  // the first tile sets o
 }
@@ -103,6 +104,7 @@ void run_queries(const Call& call, const Attention& a, int64_t head, int64_t beg
 }  // namespace
 
 bool accepts_attention(const Call& call) {
+  if (!is_multiplied(call.inputs[0].dtype)) return false;
   if (elements(call.outputs[0]) == 0 || elements(call.inputs[1]) == 0) return false;
   return has_workspace(call, thread_floats(call, Attention(call, 0, 3)));
 }

@@ -103,6 +103,21 @@ inline void multiply(int64_t m, int64_t n, int64_t k, Gemm* g, bool accumulate, 
   gemm_alone(*g, scratch);
 }
 
+// Of a tile of scores, a left operand of products: where these are of 16 bits its rows are rounded first, each
+// to the front of the place that it has.
+constexpr int64_t kScoresPerFloat = sizeof(float) / sizeof(Element);
+inline void round_scores([[maybe_unused]] float* row, [[maybe_unused]] int64_t n) {
+  if constexpr (kHalfProducts) {
+    Element* to = reinterpret_cast<Element*>(row);
+    for (int64_t j = 0; j < n; j += W) store(to + j, load(row + j));  // whole vectors: rows are padded
+  }
+}
+inline Elements rounded_scores(const float* tile) {
+  Elements scores(tile);
+  scores.dtype = kMultiplied;
+  return scores;
+}
+
 // to[i, j] = q_i . k_j
 inline void score_products(const Attention& a, const ScoreTile& tile, float* to, float* scratch) {
   Gemm g;

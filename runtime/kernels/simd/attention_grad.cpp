@@ -65,27 +65,29 @@ void differentiate_tile(const Attention& a, const Gradients& gradients, const Sc
               [&](const auto& mask) POCKC_LAMBDA { differentiate(a, mask, log_sum, delta, seen, p, ds); });
     zero_run(p + seen, tile.columns() - seen);
     zero_run(ds + seen, tile.columns() - seen);
+    round_scores(p, tile.columns());
+    round_scores(ds, tile.columns());
   }
 }
 
 // If `first`, dk and dv are set, else added to.
 void add_tile(const Attention& a, const Gradients& gradients, const ScoreTile& tile, bool first, float* p,
               float* scratch) {
-  const int64_t rows = tile.rows(), columns = tile.columns(), pitch = a.score_pitch();
+  const int64_t rows = tile.rows(), columns = tile.columns(), pitch = kScoresPerFloat * a.score_pitch();
   const int64_t depth = a.depth, width = a.value_depth;
   const int64_t query = a.query_row(tile.b, tile.h, tile.begin), key = a.key_row(tile.b, tile.h, tile.first);
   const Elements ct = gradients.ct.from(query * width);
   float* ds = p + a.tile_floats();
   Gemm g;
   score_products(a, tile, p, scratch);
-  plain(&g, ct, width, false, a.v.from(key * width), width, true, ds, pitch);
+  plain(&g, ct, width, false, a.v.from(key * width), width, true, ds, a.score_pitch());
   multiply(rows, columns, width, &g, false, scratch);
   differentiate_tile(a, gradients, tile, p, ds);
-  plain(&g, p, pitch, true, ct, width, false, gradients.dv + key * width, width);
+  plain(&g, rounded_scores(p), pitch, true, ct, width, false, gradients.dv + key * width, width);
   multiply(columns, width, rows, &g, !first, scratch);
-  plain(&g, ds, pitch, false, a.k.from(key * depth), depth, false, gradients.dq + query * depth, depth);
+  plain(&g, rounded_scores(ds), pitch, false, a.k.from(key * depth), depth, false, gradients.dq + query * depth, depth);
   multiply(rows, depth, columns, &g, tile.first > 0, scratch);
-  plain(&g, ds, pitch, true, a.q.from(query * depth), depth, false, gradients.dk + key * depth, depth);
+  plain(&g, rounded_scores(ds), pitch, true, a.q.from(query * depth), depth, false, gradients.dk + key * depth, depth);
   multiply(columns, depth, rows, &g, !first, scratch);
 }
 
@@ -115,6 +117,7 @@ void add_keys(const Attention& a, const Gradients& gradients, int64_t key_head, 
 bool accepts_attention_grad(const Call& call) {
   if (elements(call.inputs[0]) == 0 || elements(call.inputs[2]) == 0) return false;
   if (call.inputs[0].dtype != call.inputs[4].dtype) return false;
+  if (!is_multiplied(call.inputs[0].dtype) || !is_multiplied(call.inputs[1].dtype)) return false;
   return has_workspace(call, thread_floats(Attention(call, 1, 6)));
 }
 
