@@ -17,6 +17,7 @@ MOST_TAPS = 32  # of a convolution's window, per axis
 LEAST_BYTES = 4096  # of an activation: less saves less than its rounding is worth
 PRODUCTS = frozenset({"matmul", "conv2d", "conv2d_grad_input", "attention"})  # these take any mix of dtypes
 REDUCTIONS = frozenset({"reduce_sum", "reduce_mean", "reduce_max", "argmax", "cumsum"})
+OF_LOGITS = frozenset({"cross_entropy_tile", "cross_entropy_grad_tile"})  # a part of a loss that holds no sums
 # What becomes of activations and is none: gradients of weights, sums of samples, losses.
 SUMS_OF_SAMPLES = frozenset({"embedding_grad", "sum_squares", "cross_entropy", "batch_norm_grad_gamma"})
 
@@ -27,8 +28,8 @@ def run(graph: Graph, recipe: Recipe) -> Graph:
     Those are the results of what runs on samples, forward and backward, down to the logits. An op that has a form for
     16 bits (pockc/ops/halves.py) takes them as they are, computes in float32, and rounds its result; any other reads
     them through a `cast` to float32 of its own, right in front of it, and a `cast` rounds its result. In float32 stay
-    parameters, which kernels read as they are, gradients of parameters, optimizer states, what a named loss computes,
-    statistics of norms, and what is small.
+    parameters, which kernels read as they are, gradients of parameters, optimizer states, what a named loss computes
+    (but for logits of large vocabularies, and their gradients), statistics of norms, and what is small.
 
     Pre:  nodes are fused, losses tiled; nothing merges equal nodes afterwards.
     Post: types of inputs, states and results are the same. Outputs and gradients are those of rounded activations.
@@ -109,7 +110,7 @@ class _Halver:
 
 def taken_by(node: Node) -> tuple[int, ...]:
     """The operands that a node takes in 16 bits, where it has such a form: what the kernels accept, and no loss."""
-    if node.origin.module.startswith("<loss") or not _REQUIRED.get(node.op, _always)(node):
+    if (node.origin.module.startswith("<loss") and node.op not in OF_LOGITS) or not _REQUIRED.get(node.op, _always)(node):
         return ()
     if node.op in MOVES:
         return tuple(range(len(node.inputs)))

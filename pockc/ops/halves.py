@@ -26,6 +26,7 @@ NARROWS: Mapping[str, Positions] = {
     **_table((0, 1), "matmul"),
     **_table((0,), "conv2d", "conv2d_grad_input"),
     **_table((0, 1, 2), "attention"),
+    **_table((1,), "cross_entropy_grad_tile"),
     **_table(
         (0,),
         "neg", "abs", "exp", "sqrt", "rsqrt", "reciprocal", "tanh", "erf", "sigmoid", "silu", "hardswish",
@@ -40,7 +41,7 @@ NARROWS: Mapping[str, Positions] = {
 }  # fmt: skip
 # The same of ops whose results are those of float32.
 SUMS: Mapping[str, Positions] = {
-    **_table((0,), "range_mask", "reduce_sum", "reduce_mean"),
+    **_table((0,), "range_mask", "reduce_sum", "reduce_mean", "cross_entropy_tile"),
     **_table((0, 1), "conv2d_grad_weight", "layer_norm_grad_gamma", "rms_norm_grad_gamma"),
     **_table((0, 1, 2, 3, 4), "attention_grad"),  # whose gradients of keys and values are sums over queries
 }

@@ -25,6 +25,8 @@ Operands = Sequence[TensorType | Array]
 BITS = pack_bits(np.random.default_rng(0).integers(0, 2, 3 * 37).astype(np.bool_))
 CLIPPED = {"activation": "clip", "low": -0.5, "high": 6.0}
 PADDED = {"stride": (2, 2), "padding": (1, 1, 1, 1)}
+LABELS = np.array([5, 63, -100])  # in the tile, behind it, of a row that does not count
+KNOWN = np.array([[2.5, 7, 1, -4, 2], [3.0, 20, 0, 9, 1], [2.0, 9, 0, 3, 0]], np.float32)  # of classes before a tile
 # Operands, attributes, and which of the operands have 16 bits where not all that may. Sizes at and around vectors, the
 # depth of a block of products, and the sums that wait to be rounded.
 CASES: list[tuple[str, Operands, Mapping[str, Any], tuple[int, ...] | None]] = [
@@ -76,6 +78,9 @@ CASES: list[tuple[str, Operands, Mapping[str, Any], tuple[int, ...] | None]] = [
     ("attention", (f32(1, 2, 70, 8), f32(1, 2, 70, 8), f32(1, 2, 70, 8)), {"scale": 0.3, "causal": True}, (0, 2)),
     ("attention", (f32(1, 2, 70, 8), f32(1, 2, 300, 8), f32(1, 2, 300, 8)), {"scale": 0.3}, None),
     ("attention_grad", (*(f32(1, 2, 9, 8),) * 5, f32(1, 2, 9)), {"scale": 0.3, "causal": True}, None),
+    ("cross_entropy_tile", (f32(3, 37), LABELS), {"start": 3}, None),
+    ("cross_entropy_tile", (f32(3, 37), LABELS, KNOWN), {"start": 3}, (0,)),
+    ("cross_entropy_grad_tile", (f32(), f32(3, 37), LABELS, KNOWN), {"start": 3, "classes": 64}, None),
     ("transpose", (f32(2, 3, 5, 8),), {"permutation": (0, 2, 1, 3)}, None),
     ("transpose", (f32(5, 7),), {"permutation": (1, 0)}, None),
     ("slice", (f32(5, 7),), {"axis": 1, "start": 1, "stop": 6, "step": 2}, None),

@@ -21,6 +21,7 @@ from pockc.ir import Graph, op_counts
 from pockc.ops.halves import is_weight_gradient
 from pockc.optim import SGD, AdamW
 from pockc.parity import tolerances, verify_against_torch
+from pockc.passes import tile_vocabulary
 from pockc.recipe import Dtype
 from pockc.targets import devices
 from pockc.targets.native.cross import kernel_list
@@ -74,6 +75,29 @@ def transformer() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
 
 
 NETWORKS = {"convolutional": convolutional, "transformer": transformer}
+
+
+def test_logits_of_a_large_vocabulary_are_never_widened(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.body = nn.Embedding(1000, 32), nn.Linear(32, 32)
+            self.head = nn.Linear(32, 1000, bias=False)
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.head(torch.tanh(self.body(self.table(input_ids))))
+            return logits
+
+    monkeypatch.setattr(tile_vocabulary, "TILE_BYTES", 4 * 400 * 4 * 24)
+    monkeypatch.setattr(tile_vocabulary, "_worthwhile", lambda *_: True)
+    torch.manual_seed(0)
+    model, inputs = Words(), (torch.randint(0, 1000, (4, 24)),)
+    options: dict[str, Any] = {"loss": "causal_lm", "optimizer": SGD(lr=0.5), "dtype": "bf16"}
+    graph = pockc.build(model, inputs, entries=("train_step",), **options).entries["train_step"]
+    assert op_counts(graph.nodes)["cross_entropy_grad_tile"] >= 1
+    assert all(node.outputs[0].type.shape[-1] <= 32 for node in graph.nodes if node.op == "cast")
+    parity = verify_against_torch(model, inputs, **options)
+    assert parity.passed, (parity.worst_loss_error, parity.tensors[:3])
 
 
 def step_of(name: str, **options: Any) -> Graph:

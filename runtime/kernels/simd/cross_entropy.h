@@ -28,7 +28,8 @@ inline Status count_rows(const Tensor& labels, int64_t classes, int64_t ignore_i
   return PK_OK;
 }
 
-POCKC_INLINE float row_sum(const float* x, int64_t n) {
+template <typename T>
+POCKC_INLINE float row_sum(const T* x, int64_t n) {
   Lanes sum = Lanes::all(0);
   for_lanes(n, [&](int j, int64_t i, int64_t valid) POCKC_LAMBDA { sum.v[j] += load_n(x + i, valid); });
   return sum.sum();

@@ -1,6 +1,7 @@
 // cross_entropy_tile and cross_entropy_grad_tile (the maths: see the reference kernels). A row is one
 // thread's, and its sums are sixteen lanes': the result does not depend on how rows are split.
 #include "simd/cross_entropy.h"
+#include "simd/patches.h"
 
 namespace pockc {
 namespace POCKC_SIMD_NAMESPACE {
@@ -9,35 +10,40 @@ namespace {
 constexpr int64_t kStatistics = 5;
 enum { kMost, kSum, kLabel, kTotal, kBest };
 
+float value_of(float x) { return x; }
+template <typename Half>
+float value_of(Half x) {
+  return widened(x);
+}
+
 // The first position of `value`; 0 where it is NaN.
-int64_t position_of(float value, const float* x, int64_t n) {
+template <typename T>
+int64_t position_of(float value, const T* x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
-    if (x[i] == value) return i;
+    if (value_of(x[i]) == value) return i;
   }
   return 0;
 }
 
 // Adds a tile of one row to what is known of it.
-void add_tile(const float* row, int64_t width, int64_t start, int64_t label, float* known) {
+template <typename T>
+void add_tile(const T* row, int64_t width, int64_t start, int64_t label, float* known) {
   const float here = row_max(row, width), before = known[kMost];
   const float most = before > here ? before : here;
   const float shift = most == -kInfinity ? 0.0f : most;  // of a row of -inf alone the sum is 0, not NaN
   const float kept = known[kSum] * exponential_of_negative(splat(before - shift))[0];
   known[kSum] = kept + row_exponentials(row, width, shift, nullptr);
   known[kTotal] += row_sum(row, width);
-  if (label >= start && label < start + width) known[kLabel] = row[label - start];
+  if (label >= start && label < start + width) known[kLabel] = value_of(row[label - start]);
   if (here > before) known[kBest] = static_cast<float>(start + position_of(here, row, width));
   known[kMost] = most;
 }
 
-}  // namespace
-
-bool accepts_cross_entropy_tile(const Call& call) { return elements(call.inputs[0]) > 0; }
-
-Status run_cross_entropy_tile(const Call& call) {
+template <typename T>
+void add_tiles(const Call& call) {
   const int64_t start = call.ints[0], ignore_index = call.ints[1];
   const int64_t rows = call.inputs[0].dims[0], width = call.inputs[0].dims[1];
-  const float* logits = call.inputs[0].as<float>();
+  const T* logits = call.inputs[0].as<T>();
   const int64_t* labels = call.inputs[1].as<int64_t>();
   const float* running = call.input_count == 3 ? call.inputs[2].as<float>() : nullptr;
   float* out = call.outputs[0].as<float>();
@@ -49,44 +55,62 @@ Status run_cross_entropy_tile(const Call& call) {
       for (int64_t k = 0; k < kStatistics; ++k) out[i * kStatistics + k] = known[k];
     }
   });
+}
+
+// Of `counted` rows in all.
+template <typename T>
+void differentiate_tiles(const Call& call, int64_t counted) {
+  const int64_t start = call.ints[0], classes = call.ints[1];
+  const CrossEntropy loss = {call.ints[2], call.floats[0]};
+  const int64_t rows = call.inputs[1].dims[0], width = call.inputs[1].dims[1];
+  const T* logits = call.inputs[1].as<T>();
+  const int64_t* labels = call.inputs[2].as<int64_t>();
+  const float* running = call.inputs[3].as<float>();
+  T* out = call.outputs[0].as<T>();
+  const float factor = *call.inputs[0].as<float>() / static_cast<float>(counted);
+  const float spread = static_cast<float>(loss.smoothing / static_cast<double>(classes));
+  const float keep = static_cast<float>(1.0 - loss.smoothing);
+  parallel(call, rows, row_grain(width), [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; ++i) {
+      const T* row = logits + i * width;
+      T* to = out + i * width;
+      if (labels[i] == loss.ignore_index) {
+        zero_run(to, width);
+        continue;
+      }
+      const vf most = splat(running[i * kStatistics + kMost]);
+      const vf scale = splat(1.0f / running[i * kStatistics + kSum]);
+      const auto gradient = [&](int64_t c, int64_t valid) POCKC_LAMBDA {
+        const vf terms = exponential_of_negative(load_n(row + c, valid) - most);
+        return fma(terms, scale, splat(-spread)) * splat(factor);
+      };
+      const int64_t label = labels[i] - start;
+      const bool inside = label >= 0 && label < width;
+      // First, because `to` may be `row`.
+      const vf of_label = inside ? fma(splat(-factor), splat(keep), gradient(label, 1)) : vf{};
+      for_vectors(0, width,
+                  [&](int64_t c, int64_t valid) POCKC_LAMBDA { store_n(to + c, gradient(c, valid), valid); });
+      if (inside) store_n(to + label, of_label, 1);
+    }
+  });
+}
+
+}  // namespace
+
+bool accepts_cross_entropy_tile(const Call& call) { return elements(call.inputs[0]) > 0; }
+
+Status run_cross_entropy_tile(const Call& call) {
+  with_elements(call.inputs[0].dtype, [&](auto zero) { add_tiles<decltype(zero)>(call); });
   return PK_OK;
 }
 
 bool accepts_cross_entropy_grad_tile(const Call& call) { return elements(call.inputs[1]) > 0; }
 
 Status run_cross_entropy_grad_tile(const Call& call) {
-  const int64_t start = call.ints[0], classes = call.ints[1];
-  const CrossEntropy loss = {call.ints[2], call.floats[0]};
-  const int64_t rows = call.inputs[1].dims[0], width = call.inputs[1].dims[1];
   int64_t counted = 0;
-  const Status status = count_rows(call.inputs[2], classes, loss.ignore_index, &counted);
+  const Status status = count_rows(call.inputs[2], call.ints[1], call.ints[2], &counted);
   if (status != PK_OK) return status;
-  const float* logits = call.inputs[1].as<float>();
-  const int64_t* labels = call.inputs[2].as<int64_t>();
-  const float* running = call.inputs[3].as<float>();
-  float* out = call.outputs[0].as<float>();
-  const float factor = *call.inputs[0].as<float>() / static_cast<float>(counted);
-  const float spread = static_cast<float>(loss.smoothing / static_cast<double>(classes));
-  const float keep = static_cast<float>(1.0 - loss.smoothing);
-  parallel(call, rows, row_grain(width), [&](int64_t begin, int64_t end, int) {
-    for (int64_t i = begin; i < end; ++i) {
-      const float* row = logits + i * width;
-      float* to = out + i * width;
-      if (labels[i] == loss.ignore_index) {
-        for (int64_t c = 0; c < width; ++c) to[c] = 0;
-        continue;
-      }
-      const vf most = splat(running[i * kStatistics + kMost]);
-      const vf scale = splat(1.0f / running[i * kStatistics + kSum]);
-      for_vectors(0, width, [&](int64_t c, int64_t valid) POCKC_LAMBDA {
-        const vf difference =
-            fma(exponential_of_negative(load_n(row + c, valid) - most), scale, splat(-spread));
-        store_n(to + c, difference * splat(factor), valid);
-      });
-      const int64_t label = labels[i] - start;
-      if (label >= 0 && label < width) to[label] = fma(-factor, keep, to[label]);
-    }
-  });
+  with_elements(call.inputs[1].dtype, [&](auto zero) { differentiate_tiles<decltype(zero)>(call, counted); });
   return PK_OK;
 }
 

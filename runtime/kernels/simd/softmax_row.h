@@ -1,17 +1,20 @@
-// One row of a softmax: shared by softmax, the losses and attention.
+// One row of a softmax, of floats or halves: shared by softmax, the losses and attention.
 #ifndef POCKC_SIMD_SOFTMAX_ROW_H_
 #define POCKC_SIMD_SOFTMAX_ROW_H_
 
+#include "simd/halves.h"
 #include "simd/math.h"
 
 namespace pockc {
 namespace POCKC_SIMD_NAMESPACE {
 
-POCKC_INLINE vf load_or(const float* x, int64_t valid, float rest) {
+template <typename T>
+POCKC_INLINE vf load_or(const T* x, int64_t valid, float rest) {
   return valid == W ? load(x) : keep_first(load_partial(x, valid), valid, splat(rest));
 }
 
-POCKC_INLINE float row_max(const float* x, int64_t n) {
+template <typename T>
+POCKC_INLINE float row_max(const T* x, int64_t n) {
   Lanes most = Lanes::all(-kInfinity);
   for_lanes(n, [&](int j, int64_t i, int64_t valid)
                    POCKC_LAMBDA { most.v[j] = larger(load_or(x + i, valid, -kInfinity), most.v[j]); });
@@ -19,7 +22,8 @@ POCKC_INLINE float row_max(const float* x, int64_t n) {
 }
 
 // Sum of e^(x - shift); where `y` is given, the terms are stored there (it may be x).
-POCKC_INLINE float row_exponentials(const float* x, int64_t n, float shift, float* y) {
+template <typename T>
+POCKC_INLINE float row_exponentials(const T* x, int64_t n, float shift, float* y) {
   Lanes sum = Lanes::all(0);
   for_lanes(n, [&](int j, int64_t i, int64_t valid) POCKC_LAMBDA {
     const vf e = exponential_of_negative(load_or(x + i, valid, -kInfinity) - splat(shift));
