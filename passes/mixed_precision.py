@@ -110,7 +110,9 @@ class _Halver:
 
 def taken_by(node: Node) -> tuple[int, ...]:
     """The operands that a node takes in 16 bits, where it has such a form: what the kernels accept, and no loss."""
-    if (node.origin.module.startswith("<loss") and node.op not in OF_LOGITS) or not _REQUIRED.get(node.op, _always)(node):
+    if node.origin.module.startswith("<loss") and node.op not in OF_LOGITS:
+        return ()
+    if not _REQUIRED.get(node.op, _always)(node):
         return ()
     if node.op in MOVES:
         return tuple(range(len(node.inputs)))

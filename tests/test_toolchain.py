@@ -38,7 +38,8 @@ def test_kernel_list_has_the_program_s_kernels_and_nothing_else(program: Program
     assert "POCKC_REF(matmul)\n" in listed and "POCKC_SIMD(matmul)\n" in listed
     assert {line[len("POCKC_REF(") : -1] for line in listed.splitlines() if line.startswith("POCKC_REF(")} == used
     assert "conv2d" not in listed
-    assert listed.endswith("#undef POCKC_REF\n#undef POCKC_SIMD\n#undef POCKC_DOTPROD\n#undef POCKC_HALF_PRODUCTS\n#undef POCKC_BF16_PRODUCTS\n")
+    macros = ("REF", "SIMD", "DOTPROD", "HALF_PRODUCTS", "BF16_PRODUCTS")
+    assert listed.endswith("".join(f"#undef POCKC_{macro}\n" for macro in macros))
 
 
 @pytest.mark.parametrize(

@@ -38,11 +38,7 @@ void prepare_right(const Gemm& gemm, int64_t k0, int64_t depth, int64_t n0, int6
 
 constexpr int64_t kLargeFloats = 512 * 1024;  // of a matrix that no second-level cache holds
 constexpr int64_t kAheadColumns = 192;        // kDepth x as many floats are 192 KiB
-#ifndef TD
-#define TD 512
-#endif
-constexpr int64_t kTransposedDepth = TD, kCopiedDepth = 384;
-constexpr int64_t kLeastTiles = 4;  // with fewer, asking takes as long as waiting
+constexpr int64_t kLeastTiles = 4;            // with fewer, asking takes as long as waiting
 
 Tile first_tile(const Gemm& gemm, int64_t k0, int64_t depth) {
   Tile tile;
@@ -73,14 +69,19 @@ void finish_rows(const Gemm& gemm, float* const* c, int64_t rows, int64_t n0, in
   }
 }
 
-// Most steps of k in a block of bfloat16, of which scratch memory holds twice as many as of floats: as many
-// as there is room for copied rows, or for rows that lie in memory with some columns of B.
+// Most steps of k in a block of bfloat16. Scratch memory is planned for kDepth floats, and these take half of
+// it; where rows of A are read in order, a block may be deeper still, of fewer columns.
+constexpr int64_t kTransposedDepth = 2 * kDepth, kCopiedDepth = 384, kNarrowDepth = 2 * kDepth,
+                  kMostDepth = 1024;
+constexpr int64_t kLeastColumns = 96;  // of C, for which kMostDepth leaves a tile
+
 int64_t deepest(const Gemm& gemm) {
   if (gemm.a.transposed && gemm.a.patches == nullptr) return kTransposedDepth;
-  return copies_rows(gemm.a) ? kCopiedDepth : gemm.n >= 96 ? 1024 : 512;
+  if (copies_rows(gemm.a)) return kCopiedDepth;
+  return gemm.n >= kLeastColumns ? kMostDepth : kNarrowDepth;
 }
 
-// Steps of k that a block has.
+// Steps of k that a block has, but for the last one: of bfloat16, blocks of nearly the same size.
 int64_t block_depth(const Gemm& gemm) {
   if (!kPaired) return kDepth;
   return round_up(divide_up(gemm.k, divide_up(gemm.k, deepest(gemm))), 32);
