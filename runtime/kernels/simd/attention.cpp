@@ -67,8 +67,9 @@ void add_tile(const Attention& a, const ScoreTile& tile, float* scores, Softmax*
     round_scores(row, tile.columns());
   }
   Gemm g;
-  plain(&g, rounded_scores(scores), kScoresPerFloat * a.score_pitch(), false, a.v.from(a.key_row(tile.b, tile.h, tile.first) * a.value_depth),
-        a.value_depth, false, softmax[0].out, a.value_depth);
+  plain(&g, rounded_scores(scores), kScoresPerFloat * a.score_pitch(), false,
+        a.v.from(a.key_row(tile.b, tile.h, tile.first) * a.value_depth), a.value_depth, false, softmax[0].out,
+        a.value_depth);
   multiply(tile.rows(), a.value_depth, tile.columns(), &g, tile.first > 0, scratch);  // the first tile sets o
 }
 

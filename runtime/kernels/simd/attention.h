@@ -103,8 +103,8 @@ inline void multiply(int64_t m, int64_t n, int64_t k, Gemm* g, bool accumulate, 
   gemm_alone(*g, scratch);
 }
 
-// Of a tile of scores, a left operand of products: where these are of 16 bits its rows are rounded first, each
-// to the front of the place that it has.
+// Of a tile of scores, a left operand of products: where these are of 16 bits its rows are rounded first,
+// each to the front of the place that it has.
 constexpr int64_t kScoresPerFloat = sizeof(float) / sizeof(Element);
 inline void round_scores([[maybe_unused]] float* row, [[maybe_unused]] int64_t n) {
   if constexpr (kHalfProducts) {

@@ -85,9 +85,11 @@ void add_tile(const Attention& a, const Gradients& gradients, const ScoreTile& t
   differentiate_tile(a, gradients, tile, p, ds);
   plain(&g, rounded_scores(p), pitch, true, ct, width, false, gradients.dv + key * width, width);
   multiply(columns, width, rows, &g, !first, scratch);
-  plain(&g, rounded_scores(ds), pitch, false, a.k.from(key * depth), depth, false, gradients.dq + query * depth, depth);
+  plain(&g, rounded_scores(ds), pitch, false, a.k.from(key * depth), depth, false,
+        gradients.dq + query * depth, depth);
   multiply(rows, depth, columns, &g, tile.first > 0, scratch);
-  plain(&g, rounded_scores(ds), pitch, true, a.q.from(query * depth), depth, false, gradients.dk + key * depth, depth);
+  plain(&g, rounded_scores(ds), pitch, true, a.q.from(query * depth), depth, false,
+        gradients.dk + key * depth, depth);
   multiply(columns, depth, rows, &g, !first, scratch);
 }
 

@@ -92,8 +92,7 @@ inline LeftPanel prepare_left(const Gemm& gemm, int64_t m0, int rows, int64_t k0
   }
   const Element* data = static_cast<const Element*>(a.data);
   if (a.transposed) return {data + k0 * a.stride + m0, a.stride, false};
-  if (is_half(a.dtype) == kHalfProducts && !conflicts(a.stride))
-    return {data + m0 * a.stride + k0, a.stride, true};
+  if (!copies_rows(a)) return {data + m0 * a.stride + k0, a.stride, true};
   with_elements(a.dtype, [&](auto zero) { copy_rows<decltype(zero)>(a, m0, rows, k0, depth, copy); });
   return {copy, stride, true};
 }
