@@ -180,9 +180,11 @@ void multiply_packed(const Gemm& gemm, const Element* packed, const RowSplit& sp
 
 // Rows [row, end) of A from k0 on, or of a transposed A the parts that belong to them.
 Ahead ahead_of_left(const LeftMatrix& a, int64_t row, int64_t end, int64_t k0, int64_t depth, int64_t times) {
-  const float* data = static_cast<const float*>(a.data);
-  if (a.transposed) return {data + k0 * a.stride + row, a.stride, end - row, depth, times};
-  return {data + row * a.stride + k0, a.stride, depth, end - row, times};
+  const int64_t each = is_half(a.dtype) ? 2 : 1, rows = end - row;  // elements in the place of a float
+  const int64_t first = a.transposed ? k0 * a.stride + row : row * a.stride + k0;
+  const float* data = static_cast<const float*>(a.data) + first / each;
+  if (a.transposed) return {data, a.stride / each, divide_up(rows, each), depth, times};
+  return {data, a.stride / each, divide_up(depth, each), rows, times};
 }
 
 // What of a block of B can be asked for: all of it, where it lies in memory as it is and is small enough to
@@ -198,7 +200,8 @@ Ahead ahead_of_right(const RightMatrix& b, int64_t k0, int64_t depth, int64_t n0
 
 // Whether A comes from the memory, as far as its size tells.
 bool has_large_left(const Gemm& gemm) {
-  return (gemm.a.transposed ? gemm.k : gemm.m) * gemm.a.stride >= kLargeFloats;
+  return (gemm.a.transposed ? gemm.k : gemm.m) * gemm.a.stride >=
+         kLargeFloats * (is_half(gemm.a.dtype) ? 2 : 1);
 }
 
 // Whether C goes to the memory, in rows whose sums are too short for the microkernel to ask for their lines.
@@ -224,7 +227,7 @@ void multiply_block(const Gemm& gemm, const RowSplit& split, int64_t k0, int64_t
   const bool packed = is_packed(gemm.a, columns);
   const int64_t room = minimum(left_elements / panel_pitch(depth), kMostPanels);
   const int64_t together = packed ? room : 1;
-  const bool in_place = gemm.a.patches == nullptr && !is_half(gemm.a.dtype);
+  const bool in_place = gemm.a.patches == nullptr && is_half(gemm.a.dtype) == kPaired;
   // A transposed A that is read where it lies: its next block in depth. Otherwise the next panels, which lie
   // one behind the other where it is row-major, so that few tiles suffice to ask for them.
   const bool deep = in_place && gemm.a.transposed && !packed && has_large_left(gemm);

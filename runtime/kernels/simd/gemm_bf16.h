@@ -10,6 +10,7 @@
 #ifndef POCKC_SIMD_GEMM_BF16_H_
 #define POCKC_SIMD_GEMM_BF16_H_
 
+#include "simd/gemm_ahead.h"
 #include "simd/halves.h"
 #include "simd/transpose_square.h"
 
@@ -84,27 +85,33 @@ void pack_transposed_pairs(const Rows& rows, int64_t n0, int64_t k0, int64_t dep
 }
 
 // sum[i][j], over `depth` steps of k, of R rows and V vectors. A is row-major, a_stride elements from row to
-// row; or a panel of pairs, a_stride from step to step.
-template <int R, int V, bool RowMajor>
-POCKC_INLINE void multiply_pairs(const B16* a, int64_t a_stride, const B16* b, int64_t depth, vf (*sum)[V]) {
+// row; or a panel of pairs, a_stride from step to step. ask(left) is called every kAheadSteps steps, with
+// those that are left.
+template <int R, int V, bool RowMajor, typename Ask>
+POCKC_INLINE void multiply_pairs(const B16* a, int64_t a_stride, const B16* b, int64_t depth, vf (*sum)[V],
+                                 const Ask& ask) {
   const int64_t row = RowMajor ? a_stride : 2, step = RowMajor ? 2 : 2 * a_stride;
   POCKC_UNROLL
   for (int i = 0; i < R; ++i) {
     POCKC_UNROLL
     for (int j = 0; j < V; ++j) sum[i][j] = vf{};
   }
-  for (; depth >= 2; depth -= 2, a += step, b += 2 * V * W) {
-    __m512bh right[V];
-    POCKC_UNROLL
-    for (int j = 0; j < V; ++j) {
-      __builtin_prefetch(b + (kPairsAhead * V + j) * 2 * W);
-      right[j] = load_pairs(b + j * 2 * W);
-    }
-    POCKC_UNROLL
-    for (int i = 0; i < R; ++i) {
-      const __m512bh left = splat_pair(a + i * row);
+  while (depth >= 2) {
+    ask(depth);
+    const int64_t end = depth > kAheadSteps ? depth - kAheadSteps : depth % 2;
+    for (; depth > end; depth -= 2, a += step, b += 2 * V * W) {
+      __m512bh right[V];
       POCKC_UNROLL
-      for (int j = 0; j < V; ++j) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], left, right[j]);
+      for (int j = 0; j < V; ++j) {
+        __builtin_prefetch(b + (kPairsAhead * V + j) * 2 * W);
+        right[j] = load_pairs(b + j * 2 * W);
+      }
+      POCKC_UNROLL
+      for (int i = 0; i < R; ++i) {
+        const __m512bh left = splat_pair(a + i * row);
+        POCKC_UNROLL
+        for (int j = 0; j < V; ++j) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], left, right[j]);
+      }
     }
   }
   if (depth == 0) return;

@@ -101,8 +101,12 @@ void micro_kernel(const Tile& t) {
   ask_at_once(t);
   multiply_halves<R, V, RowMajor>(t.a, t.a_stride, t.b, t.depth, sum);
 #elif defined(__AVX512BF16__)
-  ask_at_once(t);
-  multiply_pairs<R, V, RowMajor>(t.a, t.a_stride, t.b, t.depth, sum);
+  if (!asks_within<R, V>) ask_at_once(t);
+  const auto ask = [&](int64_t left) POCKC_LAMBDA {
+    if constexpr (asks_within<R, V>) t.asked->ask();
+    if (late && left <= 2 * kAheadSteps && left > kAheadSteps) ask_for_output<R, V>(t);
+  };
+  multiply_pairs<R, V, RowMajor>(t.a, t.a_stride, t.b, t.depth, sum, ask);
 #else
   POCKC_UNROLL
   for (int i = 0; i < R; ++i) {
