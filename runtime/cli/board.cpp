@@ -38,10 +38,10 @@ std::string find_value(const std::string& text, const std::string& key) {
 }
 
 std::string find_features(const std::string& cpuinfo) {
-  static const char* const kNames[] = {"sse4_2",  "avx",      "avx2",     "fma",         "f16c",
-                                       "avx512f", "avx512bw", "avx_vnni", "avx512_vnni", "avx512_bf16",
-                                       "neon",    "vfpv4",    "asimd",    "asimdhp",     "asimddp",
-                                       "i8mm",    "bf16",     "sve",      "sve2"};
+  static const char* const kNames[] = {"sse4_2",   "avx",      "avx2",     "fma",         "f16c",
+                                       "avx512f",  "avx512bw", "avx_vnni", "avx512_vnni", "avx512_bf16",
+                                       "amx_bf16", "neon",     "vfpv4",    "asimd",       "asimdhp",
+                                       "asimddp",  "i8mm",     "bf16",     "sve",         "sve2"};
   std::string list = find_value(cpuinfo, "flags");
   if (list.empty()) list = find_value(cpuinfo, "Features");
   if (list.empty()) return find_value(cpuinfo, "isa");  // RISC-V: one word, `rv64imafdcv`

@@ -85,7 +85,8 @@ uint64_t PrefixCache::fingerprint(const Program& program) const {
   Fingerprint print;
   print.add(std::string(pk_version()));
   print.add(std::string(best_isa()));  // numbers differ where there is no fused multiply-add
-  print.add(static_cast<uint64_t>(has_half_arithmetic(program.half_arithmetic)));
+  const char* products = half_arithmetic(program.half_arithmetic);
+  print.add(std::string(products == nullptr ? "" : products));
   print.add(static_cast<uint64_t>(how_));
   add_entry(program, *entry_, &print);
   print.add(inputs_.digest());

@@ -14,7 +14,7 @@ namespace {
 constexpr double kTolerance = 1e-4;        // of the largest expected value
 constexpr double kHalfTolerance = 0x1p-6;  // the same where products are in 16 bits
 
-bool multiplies_halves(const Program& program) { return has_half_arithmetic(program.half_arithmetic); }
+bool multiplies_halves(const Program& program) { return half_arithmetic(program.half_arithmetic) != nullptr; }
 
 template <typename T>
 T element(const void* data, int64_t index) {
@@ -102,8 +102,7 @@ bool has_golden(const SafetensorsFile& golden, const EntryRecord& entry) {
 Status test_all(const Options& options, int* failures, const char** products) {
   Program program;
   POCKC_TRY(load_program(options.model.c_str(), &program));
-  if (multiplies_halves(program))
-    *products = program.half_arithmetic == DType::kF16 ? ", products in fp16" : ", products in bf16";
+  *products = half_arithmetic(program.half_arithmetic);
   if (program.golden.data == nullptr) {
     return fail(PK_NOT_FOUND, "%s holds no golden vectors: rebuild it with them", options.model.c_str());
   }
@@ -127,10 +126,10 @@ Status test_all(const Options& options, int* failures, const char** products) {
 
 int selftest(const Options& options) {
   int failures = 0;
-  const char* products = "";
+  const char* products = nullptr;
   if (test_all(options, &failures, &products) != PK_OK) return report_failure();
-  std::printf("%s (instruction set %s%s)\n", failures == 0 ? "selftest passed" : "selftest FAILED",
-              best_isa(), products);
+  std::printf("%s (instruction set %s%s%s)\n", failures == 0 ? "selftest passed" : "selftest FAILED",
+              best_isa(), products == nullptr ? "" : ", products in ", products == nullptr ? "" : products);
   return failures == 0 ? 0 : 1;
 }
 

@@ -2,6 +2,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <cstdint>
 
@@ -42,6 +46,21 @@ bool cpu_has_avx512_bf16() {
   constexpr unsigned kBf16 = bit(5);  // leaf 7, second part, EAX
   unsigned a = 0, b = 0, c = 0, d = 0;
   return cpu_has_avx512() && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && all_of(a, kBf16);
+}
+
+// Linux gives a process the 8 KiB of tiles where it asks for them: before, the first use of one is SIGILL.
+bool cpu_has_amx() {
+#if defined(__linux__)
+  constexpr unsigned kTiles = bit(22) | bit(24);         // leaf 7, EDX: AMX-BF16, AMX-TILE
+  constexpr unsigned kTileState = bit(17) | bit(18);     // configuration, data
+  constexpr long kAskForState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!cpu_has_avx512_bf16() || !all_of(saved_registers(), kTileState)) return false;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || !all_of(d, kTiles)) return false;
+  return syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
+#else
+  return false;
+#endif
 }
 
 }  // namespace pockc

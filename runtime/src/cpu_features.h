@@ -10,6 +10,7 @@ namespace pockc {
 bool cpu_has_avx2();         // with fused multiply-add and conversions of 16-bit floats
 bool cpu_has_avx512();       // F, BW, DQ and VL, and what cpu_has_avx2 asks for
 bool cpu_has_avx512_bf16();  // products of bfloat16, and what cpu_has_avx512 asks for
+bool cpu_has_amx();  // tiles of bfloat16, and what cpu_has_avx512_bf16 asks for; this process may use them
 
 }  // namespace pockc
 

@@ -79,6 +79,13 @@ namespace pockc::simd_bf16 {
 #include "kernels.inc"
 }  // namespace pockc::simd_bf16
 #endif
+#if defined(POCKC_HAS_AMX)
+namespace pockc::simd_amx {
+#define POCKC_HALF_PRODUCTS POCKC_DECLARE_SIMD
+#define POCKC_BF16_PRODUCTS POCKC_DECLARE_SIMD
+#include "kernels.inc"
+}  // namespace pockc::simd_amx
+#endif
 #endif
 
 namespace pockc {
@@ -132,6 +139,13 @@ constexpr KernelEntry kAvx512[] = {
 constexpr KernelEntry kBf16[] = {
 #define POCKC_HALF_PRODUCTS(op) \
   {#op, "simd-avx512-bf16", nullptr, simd_bf16::accepts_##op, simd_bf16::run_##op},
+#define POCKC_BF16_PRODUCTS POCKC_HALF_PRODUCTS
+#include "kernels.inc"
+    kEnd};
+#endif
+#if defined(POCKC_HAS_AMX)
+constexpr KernelEntry kAmx[] = {
+#define POCKC_HALF_PRODUCTS(op) {#op, "simd-avx512-amx", nullptr, simd_amx::accepts_##op, simd_amx::run_##op},
 #define POCKC_BF16_PRODUCTS POCKC_HALF_PRODUCTS
 #include "kernels.inc"
     kEnd};
@@ -257,16 +271,26 @@ const KernelEntry* find(const KernelEntry* table, const char* op) {
   return nullptr;
 }
 
+struct HalfProducts {
+  const KernelEntry* table;
+  const char* name;
+};
+
 // The kernels that multiply numbers of this dtype as such; null where this build or the CPU has none.
-const KernelEntry* half_products(DType dtype) {
+HalfProducts half_products(DType dtype) {
 #if defined(POCKC_HAS_FP16) && defined(__linux__)
   constexpr unsigned long kHalfArithmetic = 1ul << 10;  // HWCAP_ASIMDHP
-  if (dtype == DType::kF16 && (getauxval(AT_HWCAP) & kHalfArithmetic) != 0) return kFp16;
-#elif defined(POCKC_HAS_AVX512) && defined(POCKC_HAS_BF16)
-  if (dtype == DType::kB16 && cpu_has_avx512_bf16()) return kBf16;
+  if (dtype == DType::kF16 && (getauxval(AT_HWCAP) & kHalfArithmetic) != 0) return {kFp16, "fp16"};
+#elif defined(POCKC_HAS_AVX512)
+#if defined(POCKC_HAS_AMX)
+  if (dtype == DType::kB16 && cpu_has_amx()) return {kAmx, "bf16 (AMX)"};
+#endif
+#if defined(POCKC_HAS_BF16)
+  if (dtype == DType::kB16 && cpu_has_avx512_bf16()) return {kBf16, "bf16"};
+#endif
 #endif
   (void)dtype;
-  return nullptr;
+  return {nullptr, nullptr};
 }
 
 const KernelEntry* added = nullptr;
@@ -306,11 +330,11 @@ const KernelEntry* find_simd(const char* op, const char* isa) {
 const KernelEntry* find_simd(const char* op) { return find_simd(op, nullptr); }
 
 const KernelEntry* find_half_arithmetic(const char* op, DType dtype) {
-  const KernelEntry* table = half_products(dtype);
+  const KernelEntry* table = half_products(dtype).table;
   return table == nullptr ? nullptr : find(table, op);
 }
 
-bool has_half_arithmetic(DType dtype) { return half_products(dtype) != nullptr; }
+const char* half_arithmetic(DType dtype) { return half_products(dtype).name; }
 
 const char* best_isa() {
   const InstructionSet* set = find_instruction_set(nullptr);

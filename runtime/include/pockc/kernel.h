@@ -141,7 +141,7 @@ class ThreadPool {
 struct KernelEntry {
   const char* op;
   // "ref", "simd-baseline", "simd-avx2", "simd-avx512", "simd-neon", "simd-neon-dotprod", "simd-neon-fp16",
-  // "simd-avx512-bf16"
+  // "simd-avx512-bf16" or "simd-avx512-amx"
   const char* provider;
   CheckFunction check;      // ref only
   AcceptsFunction accepts;  // null for ref
@@ -164,7 +164,8 @@ const KernelEntry* find_simd(const char* op, const char* isa);
 // The kernel of this op that multiplies numbers of this 16-bit dtype, for programs that ask for it; null
 // where there is none, or the CPU has no such arithmetic.
 const KernelEntry* find_half_arithmetic(const char* op, DType dtype);
-bool has_half_arithmetic(DType dtype);
+// What multiplies such numbers here, in words; null where nothing does.
+const char* half_arithmetic(DType dtype);
 // The name of the instruction set that is used here; "reference" where this build has none.
 const char* best_isa();
 // What this build needs and the CPU lacks, in words; null where it runs here. Only a pock-run that was made

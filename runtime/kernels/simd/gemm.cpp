@@ -136,7 +136,7 @@ void multiply_panel(const Gemm& gemm, const LeftPanel& left, const Block& block,
                     int64_t k0, int64_t depth, int64_t n0, int64_t columns, Asked* asked) {
   float* c[kMaxRows];
   for (int i = 0; i < rows; ++i) c[i] = row_of_any(gemm.c, m0 + i);
-  const auto& kernels =
+  const MicroKernel* const kernels =
       left.row_major ? kRowMajorKernels.entry[rows - 1] : kTransposedKernels.entry[rows - 1];
   Tile tile = first_tile(gemm, k0, depth);
   tile.a = left.data;
@@ -164,7 +164,7 @@ void multiply_packed(const Gemm& gemm, const Element* packed, const RowSplit& sp
   int64_t row[kMostPanels + 1];
   for (int64_t p = 0; p <= panels; ++p) row[p] = split.begin(first + p) - m0;
   Tile tile = first_tile(gemm, k0, depth);
-  tile.a_stride = kLeftPitch;
+  tile.a_stride = packed_stride(depth);
   tile.asked = asked;
   for (int64_t n = 0; n < columns; n += kTileColumns) {
     set_columns(gemm, block, n0, columns, n, &tile);
@@ -172,7 +172,7 @@ void multiply_packed(const Gemm& gemm, const Element* packed, const RowSplit& sp
     for (int64_t p = 0; p < panels; ++p, tile.a += pitch) {
       tile.c = c + row[p];
       const int tile_rows = static_cast<int>(row[p + 1] - row[p]);
-      run_tile(gemm, kTransposedKernels.entry[tile_rows - 1][(tile.columns - 1) / W], tile, tile_rows);
+      run_tile(gemm, kPackedKernels.entry[tile_rows - 1][(tile.columns - 1) / W], tile, tile_rows);
     }
   }
   if (tile.last) finish_rows(gemm, c, rows, n0, columns);
@@ -407,6 +407,7 @@ void gemm_part(const Gemm& gemm, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
   } else {
     multiply_part(gemm, m0, m1, n0, n1, blocking, scratch);
   }
+  release_tiles();
 }
 
 }  // namespace

@@ -32,27 +32,30 @@ POCKC_INLINE __m512bh splat_pair(const B16* p) {
   return reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
 }
 
-// Two rows of W elements as pairs.
-POCKC_INLINE void store_pairs(B16* to, __m512i rows) {
+// Two rows of W elements, one after the other, as pairs.
+POCKC_INLINE __m512i as_pairs(__m512i rows) {
   alignas(64) static constexpr uint16_t kOrder[2 * W] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
                                                          21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
                                                          11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), rows));
+  return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), rows);
 }
+POCKC_INLINE void store_pairs(B16* to, __m512i rows) { _mm512_storeu_si512(to, as_pairs(rows)); }
 // Both in one vector, one after the other.
 POCKC_INLINE __m512i both(vf first, vf second) {
   return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
 }
 POCKC_INLINE void store_pairs(B16* to, vf even, vf odd) { store_pairs(to, both(even, odd)); }
-POCKC_INLINE void copy_pairs(B16* to, const B16* even, const B16* odd) {
-  const __m512i low = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even)));
-  store_pairs(
-      to, _mm512_maskz_inserti64x4(0xff, low, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd)), 1));
+POCKC_INLINE __m512i both(const B16* first, const B16* second) {
+  const __m512i low = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first)));
+  return _mm512_maskz_inserti64x4(0xff, low, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second)), 1);
 }
-
+template <typename T>
+POCKC_INLINE __m512i both(const T* first, const T* second) {
+  return both(load(first), load(second));
+}
 template <typename T>
 POCKC_INLINE void copy_pairs(B16* to, const T* even, const T* odd) {
-  store_pairs(to, load(even), load(odd));
+  store_pairs(to, both(even, odd));
 }
 
 // W columns from `column` on of a panel of `width`, from rows of B transposed: element k0 + k of row n0 + n.

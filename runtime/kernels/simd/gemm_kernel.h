@@ -12,6 +12,8 @@
 #include "simd/gemm_ahead.h"
 #if defined(__ARM_FEATURE_FP16_VECTOR_ARITHMETIC)
 #include "simd/gemm_half.h"
+#elif defined(__AMX_BF16__)
+#include "simd/gemm_amx.h"
 #elif defined(__AVX512BF16__)
 #include "simd/gemm_bf16.h"
 #endif
@@ -24,7 +26,9 @@ constexpr int kTileRows = 8, kTileVectors = 4;
 constexpr int kPanelStep = 8;  // panels are multiples of that wide
 #else
 constexpr int kPanelStep = W;
-#if defined(__AVX512F__)
+#if defined(__AMX_BF16__)
+constexpr int kTileRows = kAmxRows, kTileVectors = kAmxVectors;
+#elif defined(__AVX512F__)
 constexpr int kTileRows = 14, kTileVectors = 2;
 #elif defined(__AVX2__)
 constexpr int kTileRows = 6, kTileVectors = 2;
@@ -92,6 +96,64 @@ POCKC_INLINE void ask_for_output(const Tile& t) {
   }
 }
 
+// What follows upon the sums of R rows, from row `row` of the tile on.
+template <int R, int V>
+POCKC_INLINE void finish_tile_rows(const Tile& t, int row, vf (*sum)[V]) {
+  const int64_t tail = t.columns - (V - 1) * W;  // lanes of the last vector
+  if (!t.first) {
+    POCKC_UNROLL
+    for (int i = 0; i < R; ++i) {
+      const float* c = t.c[row + i] + t.column;
+      POCKC_UNROLL
+      for (int j = 0; j < V; ++j) sum[i][j] += load_n(c + j * W, j < V - 1 ? W : tail);
+    }
+  }
+  if (t.last && t.epilogue->bias != nullptr) {
+    POCKC_UNROLL
+    for (int j = 0; j < V; ++j) {
+      const vf bias = load_n(t.epilogue->bias + t.bias_column + j * W, j < V - 1 ? W : tail);
+      POCKC_UNROLL
+      for (int i = 0; i < R; ++i) sum[i][j] += bias;
+    }
+  }
+  if (t.last && t.epilogue->activation == kClip) {
+    const vf low = splat(t.epilogue->low), high = splat(t.epilogue->high);
+    POCKC_UNROLL
+    for (int i = 0; i < R; ++i) {
+      POCKC_UNROLL
+      for (int j = 0; j < V; ++j) sum[i][j] = clip(sum[i][j], low, high);
+    }
+  }
+  POCKC_UNROLL
+  for (int i = 0; i < R; ++i) {
+    float* c = t.c[row + i] + t.column;
+    POCKC_UNROLL
+    for (int j = 0; j < V; ++j) store_n(c + j * W, sum[i][j], j < V - 1 ? W : tail);
+  }
+}
+
+#if defined(__AMX_BF16__)
+template <int V>
+void amx_kernel(const Tile& t, int rows, bool asks) {
+  alignas(64) float sums[kTileRows][kTileColumns];
+  if (!asks) ask_at_once(t);
+  multiply_tiles<V>(t.a, t.a_stride, t.b, t.depth, rows, sums, [&](int64_t) POCKC_LAMBDA {
+    if (asks) t.asked->ask();
+  });
+  for (int i = 0; i < rows; ++i) {
+    vf sum[1][V];
+    POCKC_UNROLL
+    for (int j = 0; j < V; ++j) sum[0][j] = load(sums[i] + j * W);
+    finish_tile_rows<1, V>(t, i, sum);
+  }
+}
+
+template <int R, int V, bool RowMajor>
+void micro_kernel(const Tile& t) {
+  if (t.depth >= kPrefetchDepth) ask_for_output<R, V>(t);
+  amx_kernel<V>(t, R, asks_within<R, V>);
+}
+#else
 template <int R, int V, bool RowMajor>
 void micro_kernel(const Tile& t) {
   constexpr bool late = RowMajor && asks_within<R, V>;
@@ -143,38 +205,9 @@ void micro_kernel(const Tile& t) {
     }
   }
 #endif
-  const int64_t tail = t.columns - (V - 1) * W;  // lanes of the last vector
-  if (!t.first) {
-    POCKC_UNROLL
-    for (int i = 0; i < R; ++i) {
-      const float* c = t.c[i] + t.column;
-      POCKC_UNROLL
-      for (int j = 0; j < V; ++j) sum[i][j] += load_n(c + j * W, j < V - 1 ? W : tail);
-    }
-  }
-  if (t.last && t.epilogue->bias != nullptr) {
-    POCKC_UNROLL
-    for (int j = 0; j < V; ++j) {
-      const vf bias = load_n(t.epilogue->bias + t.bias_column + j * W, j < V - 1 ? W : tail);
-      POCKC_UNROLL
-      for (int i = 0; i < R; ++i) sum[i][j] += bias;
-    }
-  }
-  if (t.last && t.epilogue->activation == kClip) {
-    const vf low = splat(t.epilogue->low), high = splat(t.epilogue->high);
-    POCKC_UNROLL
-    for (int i = 0; i < R; ++i) {
-      POCKC_UNROLL
-      for (int j = 0; j < V; ++j) sum[i][j] = clip(sum[i][j], low, high);
-    }
-  }
-  POCKC_UNROLL
-  for (int i = 0; i < R; ++i) {
-    float* c = t.c[i] + t.column;
-    POCKC_UNROLL
-    for (int j = 0; j < V; ++j) store_n(c + j * W, sum[i][j], j < V - 1 ? W : tail);
-  }
+  finish_tile_rows<R, V>(t, 0, sum);
 }
+#endif
 
 using MicroKernel = void (*)(const Tile&);
 
@@ -196,6 +229,9 @@ struct KernelTable {
 };
 constexpr KernelTable<true> kRowMajorKernels;
 constexpr KernelTable<false> kTransposedKernels;
+#if !defined(__AMX_BF16__)
+inline void release_tiles() {}
+#endif
 
 }  // namespace POCKC_SIMD_NAMESPACE
 }  // namespace pockc

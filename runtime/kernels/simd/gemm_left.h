@@ -104,15 +104,43 @@ constexpr int64_t kPanelWidth = (kTileRows + W - 1) / W * W;
 constexpr int64_t kLeftPitch = kPaired ? kPanelWidth : kTileRows;
 constexpr int64_t kMostPanels = kMostRows / kTileRows;
 
-// Between packed panels: padded, for what the last step writes too much, and so that they do not share cache
-// sets.
+// Elements from row to row of a packed panel, or from step to step; and from panel to panel, padded for what
+// the last step writes too much, and so that panels do not share cache sets.
+#if defined(__AMX_BF16__)
+inline int64_t packed_stride(int64_t depth) { return round_up(depth, 2) + kAmxPadding; }
+inline int64_t panel_pitch(int64_t depth) { return kTileRows * packed_stride(depth); }
+constexpr const auto& kPackedKernels = kRowMajorKernels;
+#else
+inline int64_t packed_stride(int64_t) { return kLeftPitch; }
 inline int64_t panel_pitch(int64_t depth) { return round_up(depth * kLeftPitch, 16) + kPadding; }
+constexpr const auto& kPackedKernels = kTransposedKernels;
+#endif
 
 inline bool is_packed(const LeftMatrix& a, int64_t columns) {
   if (!a.transposed || a.patches != nullptr) return false;
   return is_half(a.dtype) || conflicts(a.stride) || columns > 2 * kTileColumns;
 }
 
+#if defined(__AMX_BF16__)
+// The panels `first` to `end` of the rows [m0, m1) of a matrix of T, row-major.
+template <typename T>
+void pack_left(const Gemm& gemm, const RowSplit& split, int64_t first, int64_t end, int64_t k0, int64_t depth,
+               Element* packed) {
+  const int64_t stride = gemm.a.stride;
+  const T* data = static_cast<const T*>(gemm.a.data) + k0 * stride;
+  const T* limit = data + (gemm.k - k0 - 1) * stride + gemm.m;
+  for (int64_t p = first; p < end; ++p, packed += panel_pitch(depth)) {
+    const T* column = data + split.begin(p);
+    pack_left_rows(depth, packed, packed_stride(depth), [&](int64_t k) POCKC_LAMBDA {
+      const T* line = column + k * stride;
+      const T* next = k + 1 < depth ? line + stride : line;
+      __builtin_prefetch(line + minimum(kRowsAhead, depth - 1 - k) * stride);
+      if (limit - next >= W) return both(line, next);
+      return both(load_n(line, minimum<int64_t>(limit - line, W)), load_n(next, limit - next));
+    });
+  }
+}
+#else
 // W elements of one row of A, or pairs of two.
 template <typename T>
 POCKC_INLINE void pack_vector(const T* line, const T* next, int64_t steps, Element* to) {
@@ -169,6 +197,7 @@ void pack_left(const Gemm& gemm, const RowSplit& split, int64_t first, int64_t e
     }
   }
 }
+#endif
 
 }  // namespace POCKC_SIMD_NAMESPACE
 }  // namespace pockc
