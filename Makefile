@@ -27,7 +27,7 @@ test test-python test-page test-cross test-cross-onnx test-toolchains test-jni w
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup runtime asan data lint test fuzz test-cpp test-python test-page qemu test-cross test-cross-onnx test-toolchains test-jni wheel-aarch64 demo verify-zoo verify-edge verify-onnx bench-memory peers bench-speed bench-all bench-scaling bench-kernels bench-ablate bench-instructions sweep update-golden clean distclean
+.PHONY: help setup runtime asan data lint test fuzz test-cpp test-python test-page qemu test-cross test-cross-onnx test-toolchains test-jni test-amx wheel-aarch64 demo verify-zoo verify-edge verify-onnx bench-memory peers bench-speed bench-all bench-scaling bench-kernels bench-ablate bench-instructions sweep update-golden clean distclean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{ printf "  make %-19s %s\n", $$1, $$2 }'
@@ -93,6 +93,10 @@ qemu: ## Install qemu-user, and an ssh server and rsync to test with, by apt-get
 CROSS ?= aarch64,armv7l,riscv64,x86_64,halves
 test-cross: setup qemu ## Cross-compile for other processors and test under emulation: CROSS=aarch64 for one of them
 	POCKC_CROSS=$(CROSS) $(BIN)/python -m pytest $(PYTEST_ARGS) tests/cross tests/test_deploy.py
+
+# The emulator is compiled from the source of Debian's next release, without any change to the system.
+test-amx: setup ## Multiply through AMX in an emulated computer that has it, under Debian's Linux: ten minutes, of which compiling takes five
+	POCKC_AMX=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/amx
 
 # `make test` has the same test where a JDK is installed already.
 test-jni: setup ## Test the Android binding in a JVM, installed with apt-get where that is permitted

@@ -83,8 +83,8 @@ def build(
         dtype: how activations and their gradients are stored: ``f32``, or ``bf16`` or ``fp16`` in half the memory.
             Kernels compute in float32, in which parameters, their gradients, optimizer states and losses stay.
         half_arithmetic: also multiply in 16 bits where the CPU can: with ``dtype`` ``fp16`` on 64-bit ARM with the
-            FP16 extension, with ``bf16`` on x86 with AVX512_BF16. Results there differ from those on other CPUs, by a
-            few roundings of storage.
+            FP16 extension, with ``bf16`` on x86 with AVX512_BF16 or AMX. Results there differ from those on other
+            CPUs, by a few roundings of storage.
         loss_scale: a power of two, by which gradients are multiplied on their way to the parameters; by default
             1024 with ``fp16``, whose least numbers gradients may fall below, and 1 otherwise. Or ``dynamic``, as
             ``torch.amp.GradScaler``, with any ``dtype``: 65536 to begin with; a step with gradients that are not finite

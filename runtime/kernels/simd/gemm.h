@@ -23,10 +23,10 @@
 // tile where the sums of a tile are made at once; else it is computed in blocks of at most kSumFloats floats
 // in scratch memory, which are then rounded: fewer columns of more rows, for each of which B is packed again.
 //
-// 16-bit products. The sets `fp16` of 64-bit ARM and `bf16` of x86 have this file with panels of halves and
-// the microkernel of gemm_half.h or gemm_bf16.h: for an A of halves, in programs that ask for such
-// arithmetic. Scratch memory is as for floats; blocks of bfloat16 are two to four times as deep, so that most
-// tiles are rounded at once.
+// 16-bit products. The sets `fp16` of 64-bit ARM, `bf16` and `amx` of x86 have this file with panels of
+// halves and the microkernel of gemm_half.h, gemm_bf16.h or gemm_amx.h: for an A of halves, in programs that
+// ask for such arithmetic. Scratch memory is as for floats; blocks of bfloat16 are two to four times as deep,
+// so that most tiles are rounded at once.
 //
 // Bits. Per output element: k ascending in one chain of fma within each block, blocks added in order,
 // then bias. Neither tile shape nor thread count enters.
