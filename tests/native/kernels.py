@@ -29,6 +29,9 @@ SHARED = ROOT / "build" / "test-kernels"
 OK, INVALID_ARGUMENT, NOT_FOUND, BAD_FILE, UNSUPPORTED = 0, 1, 2, 4, 6
 ENTRY_ENDS = 15  # of a gate, and never seen outside of the runtime
 WORKSPACE_BYTES = 1 << 24  # enough for every sample
+# Behind scratch memory, and looked at after each call; a sanitizer sees writes to what is not allocated.
+GUARD_BYTES = 0 if "POCKC_KERNEL_SHIM" in os.environ else 1 << 14
+GUARD = 0xA5
 
 
 class _Tensor(ctypes.Structure):
@@ -193,10 +196,18 @@ def call(
     """The status of one kernel call with attributes as a program file holds them; without blocks it is only checked.
 
     ``provider`` is "ref" or "simd", the best of this CPU.
+
+    Raises:
+        AssertionError: The kernel writes behind its scratch memory.
     """
-    workspace = Block(max(1, workspace_bytes)) if blocks else None
+    workspace = Block(max(1, workspace_bytes) + GUARD_BYTES) if blocks else None
+    if workspace is not None:
+        workspace.bytes[workspace_bytes:] = GUARD
     arguments = _record((inputs, outputs), (ints, floats), blocks, workspace, workspace_bytes, threads)
-    return int(_shim().kernel_shim_run(op.encode(), provider.encode(), ctypes.byref(arguments)))
+    status = int(_shim().kernel_shim_run(op.encode(), provider.encode(), ctypes.byref(arguments)))
+    if workspace is not None and not np.all(workspace.bytes[workspace_bytes:] == GUARD):
+        raise AssertionError(f"{op} ({provider}) writes behind its {workspace_bytes} bytes of scratch memory")
+    return status
 
 
 class Prepared:
