@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,16 @@ import pytest
 from rich.console import Console
 
 import pockc
+from benchmarks import zoo
 from pockc import ablation, pipeline
 from pockc.abi import runtime_file
-from pockc.artifact import read
+from pockc.artifact import Call, read
 from pockc.bench import batch_of, made_up, measure, time_steps
 from pockc.cli_model import load_model
 from pockc.errors import UserError
 from pockc.inspect import print_ablation
+from pockc.ir import TensorType
+from pockc.passes import cost
 from pockc.session import Session
 from tests.shell import Shell
 
@@ -290,7 +294,47 @@ def test_pock_run_shows_the_time_of_every_call(network: Shell, accumulation: int
     assert [call["op"] for call in figures["profile"]] == [call.op for call in calls]
     assert all(call["cpu_ms"] >= 0 for call in figures["profile"])
     assert 0 < sum(call["cpu_ms"] for call in figures["profile"]) < 1.5 * figures["cpu_ms_per_step_p95"]
-    assert re.search(r"^conv2d +\d+ +[\d.]+ +[\d.]+%$", done.stdout, re.MULTILINE)
+    assert re.search(r"^conv2d +\d+ +[\d.]+ +[\d.]+% +[\d.]+ G[FB]/s +\d+%$", done.stdout, re.MULTILINE)
     assert "longest calls" in done.stdout
     stem = [call["shapes"] for call in figures["profile"] if call["origin"].startswith("stem.0 ")]
     assert any(re.fullmatch(r"\[\d,16,16,3\] \[16,3,3,3\] \[16\] > \[\d,16,16,16\]", shapes) for shapes in stem)
+
+
+def node_of(call: Call) -> Any:
+    """What `cost` asks of the node that the call was made of."""
+    inputs, outputs = (
+        [SimpleNamespace(type=TensorType(x.shape, x.dtype)) for x in side] for side in (call.inputs, call.outputs)
+    )
+    if call.op == "insert":
+        inputs = [outputs[0], inputs[-1]]  # what it goes into may be new: then it is no operand of the call
+    attrs = {"transpose_a": bool(call.ints[0])} if call.op == "matmul" else {}
+    return SimpleNamespace(op=call.op, inputs=inputs, outputs=outputs, attrs=attrs)
+
+
+@pytest.mark.parametrize("make", [zoo.mobilenet_v2, zoo.llama_tiny], ids=["images", "text"])
+def test_roofline_knows_what_calls_do(make: Callable[..., Any], tmp_path: Path) -> None:
+    size = {"image_size": 32} if make is zoo.mobilenet_v2 else {"sequence_length": 16, "layers": 1, "width": 64}
+    model, examples = make(batch_size=2, **size)
+    loss = "cross_entropy" if make is zoo.mobilenet_v2 else "causal_lm"
+    pockc.build(model, examples, loss=loss, optimizer=pockc.AdamW(lr=1e-3)).save(tmp_path / "model.pock")
+    command = [
+        str(runtime_file("pock-run")),
+        "bench",
+        "model.pock",
+        "--steps",
+        "2",
+        "--profile",
+        "--json",
+        "bench.json",
+    ]
+    subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+
+    figures = json.loads((tmp_path / "bench.json").read_text())
+    calls = read(tmp_path / "model.pock").entry("train_step").calls
+    for call, found in zip(calls, figures["profile"], strict=True):
+        if call.op != "conv2d_winograd":  # counted as the convolution that it is
+            assert found["operations"] == 2 * cost.multiply_adds(node_of(call)), call
+        assert found["bytes"] == cost.moved_bytes(node_of(call)), call
+    assert ("conv2d_grad_weight" if make is zoo.mobilenet_v2 else "attention_grad") in {call.op for call in calls}
+    assert figures["limit_gflops"] > 0.1
+    assert figures["limit_gigabytes_per_second"] > 0.1

@@ -103,7 +103,8 @@ int bench(const Options& options) {
               format_bytes(memory.arena_bytes + memory.mapped_bytes).c_str(),
               format_bytes(static_cast<uint64_t>(resident > 0 ? resident : 0)).c_str());
   std::printf("%s", describe(board).c_str());
-  if (options.profile) profile.print(model.program);
+  const Limits limits = options.profile ? measure_limits() : Limits();
+  if (options.profile) profile.print(model.program, limits);
   if (options.json.empty()) return 0;
   JsonObject report;
   report.add("steps", static_cast<int64_t>(timer.steps())).add("ms_per_step", timer.mean_wall());
@@ -112,7 +113,10 @@ int bench(const Options& options) {
   report.add("cpu_ms_per_step_p95", timer.cpu(0.95));
   report.add("load_ms", model.loading.mean_wall()).add("cpu_load_ms", model.loading.mean_cpu());
   report.add("first_step_ms", first.mean_wall()).add("cpu_first_step_ms", first.mean_cpu());
-  if (options.profile) report.add_json("profile", profile.json(model.program));
+  if (options.profile) {
+    report.add_json("profile", profile.json(model.program));
+    report.add("limit_gflops", limits.gflops).add("limit_gigabytes_per_second", limits.gigabytes);
+  }
   report.add("samples_per_second", samples_per_second).add("batch_size", batch_size(model.program, *entry));
   report.add("planned_peak_bytes", static_cast<int64_t>(memory.arena_bytes + memory.mapped_bytes));
   report.add("rss_added_peak_bytes", resident);

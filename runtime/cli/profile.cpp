@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <cstring>
 #include <map>
 
 #include "measure.h"
@@ -36,6 +37,21 @@ std::vector<size_t> by_size(const std::vector<double>& values) {
   return order;
 }
 
+// `84.1 GF/s  72%`, or `9.3 GB/s  60%` where moving the operands from memory would take longer than the
+// products.
+std::string rate(const Work& work, double ms, const Limits& limits) {
+  const bool products =
+      work.operations > 0 && work.operations * limits.gigabytes >= work.bytes * limits.gflops;
+  const double amount = products ? work.operations : work.bytes, reached = 1e-6 * amount / ms;
+  const double limit = products ? limits.gflops : limits.gigabytes;
+  if (!(reached > 0)) return std::string();
+  char text[64];
+  std::snprintf(text, sizeof(text), "%8.1f %s", reached, products ? "GF/s" : "GB/s");
+  const size_t length = std::strlen(text);
+  if (limit > 0) std::snprintf(text + length, sizeof(text) - length, " %4.0f%%", 100 * reached / limit);
+  return text;
+}
+
 }  // namespace
 
 void Profile::before(const EntryRecord&, size_t) { started_ = cpu_seconds(); }
@@ -55,31 +71,42 @@ double Profile::milliseconds(size_t index) const {
   return 1e3 * seconds_[index] / static_cast<double>(std::max<int64_t>(1, runs_));
 }
 
-void Profile::print(const Program& program) const {
+void Profile::print(const Program& program, const Limits& limits) const {
   double total = 0;
   struct Sum {
     int calls = 0;
     double ms = 0;
+    Work work;
   };
   std::map<std::string, Sum> sums;
+  std::vector<Work> works;
   for (size_t i = 0; i < seconds_.size(); ++i) {
+    works.push_back(work_of(program, entry_, entry_.calls[i]));
     Sum& sum = sums[program.strings[entry_.calls[i].op]];
     sum.calls += 1;
     sum.ms += milliseconds(i);
+    sum.work.operations += works[i].operations;
+    sum.work.bytes += works[i].bytes;
     total += milliseconds(i);
   }
   std::vector<std::pair<std::string, Sum>> rows(sums.begin(), sums.end());
   std::sort(rows.begin(), rows.end(), [](const auto& a, const auto& b) { return a.second.ms > b.second.ms; });
-  std::printf("%-28s %6s %12s %7s\n", "op", "calls", "CPU ms/step", "share");
+  std::printf("limit %.1f GF/s of float32 in registers, %.1f GB/s from memory, one core\n", limits.gflops,
+              limits.gigabytes);
+  std::printf("%-28s %6s %12s %7s %18s\n", "op", "calls", "CPU ms/step", "share", "reached, of limit");
   for (const auto& [op, sum] : rows) {
-    std::printf("%-28s %6d %12.3f %6.1f%%\n", op.c_str(), sum.calls, sum.ms, 100 * sum.ms / total);
+    std::printf("%-28s %6d %12.3f %6.1f%% %s\n", op.c_str(), sum.calls, sum.ms, 100 * sum.ms / total,
+                rate(sum.work, sum.ms, limits).c_str());
   }
-  std::printf("\n%-28s %12s  %s\n", "longest calls", "CPU ms/step", "operands > results, origin");
+  std::printf("\n%-28s %12s %18s  %s\n", "longest calls", "CPU ms/step", "reached, of limit",
+              "operands > results, origin");
   const std::vector<size_t> order = by_size(seconds_);
   for (size_t i = 0; i < std::min(order.size(), kMostCalls); ++i) {
     const CallRecord& call = entry_.calls[order[i]];
-    std::printf("%-28s %12.3f  %s  %s\n", program.strings[call.op].c_str(), milliseconds(order[i]),
-                shapes(program, entry_, call).c_str(), program.strings[call.origin].c_str());
+    const double ms = milliseconds(order[i]);
+    std::printf("%-28s %12.3f %18s  %s  %s\n", program.strings[call.op].c_str(), ms,
+                rate(works[order[i]], ms, limits).c_str(), shapes(program, entry_, call).c_str(),
+                program.strings[call.origin].c_str());
   }
 }
 
@@ -90,7 +117,8 @@ std::string Profile::json(const Program& program) const {
     JsonObject object;
     object.add("op", program.strings[call.op]).add("origin", program.strings[call.origin]);
     object.add("shapes", shapes(program, entry_, call));
-    object.add("cpu_ms", milliseconds(i));
+    const Work work = work_of(program, entry_, call);
+    object.add("cpu_ms", milliseconds(i)).add("operations", work.operations).add("bytes", work.bytes);
     text += (i == 0 ? "" : ", ") + object.text();
   }
   return text + "]";

@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "session.h"
+#include "roofline.h"
 
 namespace pockc::cli {
 
@@ -18,9 +18,10 @@ class Profile : public CallObserver {
   void after(const EntryRecord& entry, size_t index) override;
   void clear();
 
-  // The share of each op, then the calls that take longest.
-  void print(const Program& program) const;
-  // [{"op": ..., "origin": ..., "shapes": ..., "cpu_ms": ...}, ...] in the order of the calls.
+  // The share of each op and what it makes of the limits of a core, then the calls that take longest.
+  void print(const Program& program, const Limits& limits) const;
+  // [{"op": ..., "origin": ..., "shapes": ..., "cpu_ms": ..., "operations": ..., "bytes": ...}, ...] in the
+  // order of the calls.
   std::string json(const Program& program) const;
 
  private:
