@@ -79,22 +79,23 @@ void Profile::print(const Program& program, const Limits& limits) const {
     Work work;
   };
   std::map<std::string, Sum> sums;
-  std::vector<Work> works;
   for (size_t i = 0; i < seconds_.size(); ++i) {
-    works.push_back(work_of(program, entry_, entry_.calls[i]));
+    const Work work = work_of(program, entry_, entry_.calls[i]);
     Sum& sum = sums[program.strings[entry_.calls[i].op]];
     sum.calls += 1;
     sum.ms += milliseconds(i);
-    sum.work.operations += works[i].operations;
-    sum.work.bytes += works[i].bytes;
+    sum.work.operations += work.operations;
+    sum.work.bytes += work.bytes;
     total += milliseconds(i);
   }
-  std::vector<std::pair<std::string, Sum>> rows(sums.begin(), sums.end());
-  std::sort(rows.begin(), rows.end(), [](const auto& a, const auto& b) { return a.second.ms > b.second.ms; });
+  const std::vector<std::pair<std::string, Sum>> rows(sums.begin(), sums.end());
+  std::vector<double> times;
+  for (const auto& row : rows) times.push_back(row.second.ms);
   std::printf("limit %.1f GF/s of float32 in registers, %.1f GB/s from memory, one core\n", limits.gflops,
               limits.gigabytes);
   std::printf("%-28s %6s %12s %7s %18s\n", "op", "calls", "CPU ms/step", "share", "reached, of limit");
-  for (const auto& [op, sum] : rows) {
+  for (const size_t index : by_size(times)) {
+    const auto& [op, sum] = rows[index];
     std::printf("%-28s %6d %12.3f %6.1f%% %s\n", op.c_str(), sum.calls, sum.ms, 100 * sum.ms / total,
                 rate(sum.work, sum.ms, limits).c_str());
   }
@@ -105,8 +106,8 @@ void Profile::print(const Program& program, const Limits& limits) const {
     const CallRecord& call = entry_.calls[order[i]];
     const double ms = milliseconds(order[i]);
     std::printf("%-28s %12.3f %18s  %s  %s\n", program.strings[call.op].c_str(), ms,
-                rate(works[order[i]], ms, limits).c_str(), shapes(program, entry_, call).c_str(),
-                program.strings[call.origin].c_str());
+                rate(work_of(program, entry_, call), ms, limits).c_str(),
+                shapes(program, entry_, call).c_str(), program.strings[call.origin].c_str());
   }
 }
 
