@@ -229,10 +229,12 @@ void multiply_block(const Gemm& gemm, const RowSplit& split, int64_t k0, int64_t
   const int64_t together = packed ? room : 1;
   const bool in_place = gemm.a.patches == nullptr && is_half(gemm.a.dtype) == kPaired;
   // A transposed A that is read where it lies: its next block in depth. Otherwise the next panels, which lie
-  // one behind the other where it is row-major, so that few tiles suffice to ask for them.
+  // one behind the other where it is row-major, so that few tiles suffice to ask for them; as they do for
+  // packed panels of bfloat16, which are half as many lines.
   const bool deep = in_place && gemm.a.transposed && !packed && has_large_left(gemm);
   const bool few = !gemm.a.transposed && has_large_left(gemm);
-  const bool asks = in_place && !deep && depth >= kPrefetchDepth && (few || tiles >= kLeastTiles);
+  const bool asks =
+      in_place && !deep && depth >= kPrefetchDepth && (few || (packed && kPaired) || tiles >= kLeastTiles);
   const bool asks_output = !packed && asks_for_output(gemm, depth, tiles);
   Asked asked;
   asked.of[kRight] = right_ahead;

@@ -161,38 +161,47 @@ POCKC_INLINE void pack_last(const T* line, const T* next, int64_t steps, const T
   }
 }
 
-// The panels `first` to `end` of the rows [m0, m1) of a matrix of T: as many together
-// as there is scratch memory for, because a step of k is a few cache lines, of which a panel alone would use
-// a part.
+// `count` steps of a panel: put(line, next, steps, to) packs W elements of one or two rows.
+template <typename T, typename Put>
+POCKC_INLINE void pack_panel_steps(const T* line, int64_t stride, int64_t count, Element* to,
+                                   const Put& put) {
+  for (int64_t k = 0, steps; k < count; k += steps, line += steps * stride, to += steps * kLeftPitch) {
+    steps = steps_together(count - k);
+    const T* next = line + (steps - 1) * stride;
+    POCKC_UNROLL
+    for (int64_t i = 0; i < kPanelWidth; i += W) put(line + i, next + i, steps, to + steps * i);
+  }
+}
+
+constexpr int64_t kStepsPacked = 32;  // of one panel, before the same of the next
+
+// The panels `first` to `end` of the rows [m0, m1) of a matrix of T: as many together as there is scratch
+// memory for, because a step of k is a few cache lines, of which a panel alone would use a part.
 template <typename T>
 void pack_left(const Gemm& gemm, const RowSplit& split, int64_t first, int64_t end, int64_t k0, int64_t depth,
                Element* packed) {
-  const LeftMatrix& a = gemm.a;
+  const int64_t stride = gemm.a.stride, row = split.begin(first);
   // Whole vectors where the matrix goes on: what lies beyond the rows of a panel is never used.
-  const T* data = static_cast<const T*>(a.data);
-  const T* limit = data + (gemm.k - 1) * a.stride + gemm.m;
-  int64_t row[kMostPanels] = {};
-  for (int64_t p = first; p < end; ++p) row[p - first] = split.begin(p);
-  const int64_t panels = end - first, span = row[panels - 1] + kPanelWidth - row[0];
-  for (int64_t k = 0, steps; k < depth; k += steps) {
-    steps = steps_together(depth - k);
-    const T* line = data + (k0 + k) * a.stride;
-    const T* next = line + (steps - 1) * a.stride;
-    const bool inside = limit - (next + row[0]) >= span;
-    for (int64_t i = 0; inside && i < steps; ++i) {
-      const T* later = line + minimum(kRowsAhead + i, depth - 1 - k) * a.stride + row[0];
-      for (int64_t j = 0; j < span; j += kLineFloats) __builtin_prefetch(later + j);
+  const T* data = static_cast<const T*>(gemm.a.data);
+  const T* limit = data + (gemm.k - 1) * stride + gemm.m;
+  const int64_t span = split.begin(end - 1) + kPanelWidth - row;
+  for (int64_t k = 0; k < depth; k += kStepsPacked) {
+    const int64_t count = minimum(kStepsPacked, depth - k), later = minimum(kStepsPacked, depth - k - count);
+    const T* lines = data + (k0 + k) * stride;
+    const bool inside = limit - (lines + (count - 1) * stride + row) >= span;
+    for (int64_t i = 0; i < later; ++i) {
+      for (int64_t j = 0; j < span; j += kLineFloats)
+        __builtin_prefetch(lines + (count + i) * stride + row + j);
     }
     Element* to = packed + k * kLeftPitch;
-    for (int64_t p = 0; p < panels; ++p, to += panel_pitch(depth)) {
-      POCKC_UNROLL
-      for (int64_t i = 0; i < kPanelWidth; i += W) {
-        const int64_t at = row[p] + i;
-        if (inside) {
-          pack_vector(line + at, next + at, steps, to + steps * i);
-        } else {
-          pack_last(line + at, next + at, steps, limit, to + steps * i);
-        }
+    for (int64_t p = first; p < end; ++p, to += panel_pitch(depth)) {
+      const T* line = lines + split.begin(p);
+      if (inside) {
+        pack_panel_steps(line, stride, count, to, pack_vector<T>);
+      } else {
+        pack_panel_steps(line, stride, count, to,
+                         [&](const T* at, const T* next, int64_t steps, Element* vector)
+                             POCKC_LAMBDA { pack_last(at, next, steps, limit, vector); });
       }
     }
   }
