@@ -160,9 +160,8 @@ verify-edge: setup qemu ## Train three models for five processor cores under emu
 	$(BIN)/python -m benchmarks.verify_edge
 
 bench-instructions: setup qemu ## Count the instructions of a step on 64-bit ARM by emulation: sparse against full, int8 with dot products, fp16
-	$(BIN)/python -m benchmarks.instruction_counts
-	$(BIN)/python -m benchmarks.instruction_counts_int8
-	$(BIN)/python -m benchmarks.instruction_counts_fp16
+	status=0; for counts in instruction_counts instruction_counts_int8 instruction_counts_fp16; do \
+	  $(BIN)/python -m benchmarks.$$counts || status=1; done; exit $$status
 
 # Everything that is measured is made from random weights: no data is needed.
 bench-memory: setup ## Compare the memory of training with PyTorch's: tables, JSON, a picture
