@@ -95,7 +95,15 @@ def _compile(folder: Path) -> None:
 
 def _unpack(folder: Path) -> None:
     """What is booted, in system/."""
-    shown = _command(["apt-cache", "depends", "--important", KERNEL], folder).decode()
+    depends = ["apt-cache", "depends", "--important", KERNEL]
+    try:
+        shown = _command(depends, folder).decode()
+    except UnavailableError:
+        if os.geteuid() != 0:
+            raise
+        # A fresh system has no package lists yet, and only root may get them.
+        _command(["apt-get", "update"], folder)
+        shown = _command(depends, folder).decode()
     kernel = next(word for word in shown.split() if word.startswith("linux-image-") and word != KERNEL)
     packages, parts = folder / "packages", folder / "parts"
     for new in (packages, parts):
