@@ -95,7 +95,7 @@ test-cross: setup qemu ## Cross-compile for other processors and test under emul
 	POCKC_CROSS=$(CROSS) $(BIN)/python -m pytest $(PYTEST_ARGS) tests/cross tests/test_deploy.py
 
 # The emulator is compiled from the source of Debian's next release, without any change to the system.
-test-amx: setup ## Multiply through AMX in an emulated computer that has it, under Debian's Linux: ten minutes, of which compiling takes five
+test-amx: setup ## Multiply through AMX in an emulated computer that has it, under Debian's Linux
 	POCKC_AMX=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/amx
 
 # `make test` has the same test where a JDK is installed already.
