@@ -17,8 +17,7 @@
 namespace pockc::cli {
 namespace {
 
-// --- What a call does: as pockc/passes/cost.py has it
-// ----------------------------------------------------------------
+// --- What a call does: as passes/cost.py has it ---
 
 struct Types {
   const Program& program;
@@ -80,8 +79,7 @@ double moved_bytes(const std::string& op, const Types& t) {
   return sum;
 }
 
-// --- What a core can do
-// ----------------------------------------------------------------------------------------------
+// --- What a core can do ---
 
 constexpr int64_t kRounds = 1 << 20;
 constexpr double kShare = 0.25;  // of the memory that is free, at most

@@ -1,5 +1,4 @@
-// What a call does, and what a core can do at most: so that a profile shows how near its limit each kernel
-// is.
+// What a call does, and what a core can do at most: a profile shows how near its limit each kernel is.
 #ifndef POCKC_CLI_ROOFLINE_H_
 #define POCKC_CLI_ROOFLINE_H_
 
@@ -18,9 +17,10 @@ Work work_of(const Program& program, const EntryRecord& entry, const CallRecord&
 
 // Measured, on one core, in a tenth of a second or so; 0 where there is no memory to measure it with.
 struct Limits {
-  double gflops =
-      0;  // multiply-adds of float32 in registers, by the instruction set that the kernels use here
-  double gigabytes = 0;  // a second, to and from memory: a[i] = b[i] + c[i] over arrays that no cache holds
+  // Multiply-adds of float32 in registers, by the instruction set that the kernels use here.
+  double gflops = 0;
+  // A second, to and from memory: a[i] = b[i] + c[i] over arrays that few caches hold.
+  double gigabytes = 0;
 };
 Limits measure_limits();
 

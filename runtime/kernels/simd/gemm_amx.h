@@ -54,6 +54,21 @@ inline void release_tiles() {
   shaped = 0;
 }
 
+// A tile of A times those of B, two registers by turns. The instructions take numbers of registers as
+// literals.
+#define POCKC_MULTIPLY_TILES(left, even, odd) \
+  _tile_loadd(left, a, left_bytes);           \
+  _tile_loadd(even, b, kRowBytes);            \
+  _tile_dpbf16ps(0, left, even);              \
+  if (V > 1) {                                \
+    _tile_loadd(odd, b + 2 * W, kRowBytes);   \
+    _tile_dpbf16ps(1, left, odd);             \
+  }                                           \
+  if (V > 2) {                                \
+    _tile_loadd(even, b + 4 * W, kRowBytes);  \
+    _tile_dpbf16ps(2, left, even);            \
+  }
+
 // sums[i][j] of `rows` rows and V vectors, over `depth` steps of k. A has its rows a_stride elements apart.
 // ask(left) is called for every tile of A, with the steps that are left.
 template <int V, typename Ask>
@@ -68,31 +83,11 @@ POCKC_INLINE void multiply_tiles(const B16* a, int64_t a_stride, const B16* b, i
   if (V > 2) _tile_zero(2);
   for (; depth >= kAmxDepth; depth -= kAmxDepth, a += kAmxDepth, b += kAmxDepth * V * W) {
     ask(depth);
-    _tile_loadd(3, a, left_bytes);
-    _tile_loadd(5, b, kRowBytes);
-    _tile_dpbf16ps(0, 3, 5);
-    if (V > 1) {
-      _tile_loadd(6, b + 2 * W, kRowBytes);
-      _tile_dpbf16ps(1, 3, 6);
-    }
-    if (V > 2) {
-      _tile_loadd(5, b + 4 * W, kRowBytes);
-      _tile_dpbf16ps(2, 3, 5);
-    }
+    POCKC_MULTIPLY_TILES(3, 5, 6)
   }
   if (depth > 0) ask(depth);
   if (depth > 1) {
-    _tile_loadd(4, a, left_bytes);
-    _tile_loadd(7, b, kRowBytes);
-    _tile_dpbf16ps(0, 4, 7);
-    if (V > 1) {
-      _tile_loadd(7, b + 2 * W, kRowBytes);
-      _tile_dpbf16ps(1, 4, 7);
-    }
-    if (V > 2) {
-      _tile_loadd(7, b + 4 * W, kRowBytes);
-      _tile_dpbf16ps(2, 4, 7);
-    }
+    POCKC_MULTIPLY_TILES(4, 7, 7)
   }
   constexpr int64_t kSumBytes = sizeof(float) * kAmxVectors * W;
   _tile_stored(0, sums[0], kSumBytes);
@@ -111,8 +106,8 @@ POCKC_INLINE void multiply_tiles(const B16* a, int64_t a_stride, const B16* b, i
 // Rows of a packed panel are padded, because whole vectors are written.
 constexpr int64_t kAmxPadding = 2 * W;
 
-// kAmxRows rows of a transposed A, row-major: load_steps(k) gives what they have in the
-// steps k and k + 1, one after the other; the second may be beyond the depth.
+// kAmxRows rows of a transposed A, row-major: load_steps(k) gives what they have in the steps k and
+// k + 1, one after the other; the second may be beyond the depth.
 template <typename Load>
 POCKC_INLINE void pack_left_rows(int64_t depth, B16* to, int64_t pitch, const Load& load_steps) {
   for (int64_t k = 0; k < depth; k += 2 * W) {
