@@ -10,10 +10,8 @@ The kernels are called through the library of the kernel tests (tests/native/ker
 """
 
 import argparse
-import ctypes
 import math
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,7 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import kernel_cases, report
+import pockc
+from benchmarks import kernel_cases, report, runner
 from benchmarks.kernel_cases import KernelCase
 from pockc.ir import TensorType, dtype_of
 from pockc.ops import complete_attributes, infer, load_families
@@ -34,6 +33,7 @@ from tests.native import kernels
 
 TURN_MS = 40.0
 ROUNDS = 7
+TRIES = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,20 +71,15 @@ class Measured:
 
 
 def measure_peak() -> Peak:
-    """Compiles and runs the two loops of peak.cpp; the best of a few tries each."""
+    """What `pock-run bench --profile` finds about a core, the best of a few tries; the program does not matter."""
     with tempfile.TemporaryDirectory(prefix="pockc-peak-") as folder:
-        library = Path(folder, "peak.so")
-        source = Path(__file__).with_name("peak.cpp")
-        flags = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC"]
-        subprocess.run(["g++", *flags, str(source), "-o", str(library)], check=True)
-        loaded = ctypes.CDLL(str(library))
-        for name in ("peak_gflops", "peak_gigabytes"):
-            getattr(loaded, name).argtypes = [ctypes.c_int64]
-            getattr(loaded, name).restype = ctypes.c_double
-        return Peak(
-            gflops=max(loaded.peak_gflops(3_000_000) for _ in range(9)),
-            gigabytes=max(loaded.peak_gigabytes(1 << 25) for _ in range(5)),
-        )
+        file = Path(folder, "model.pock")
+        pockc.build(torch.nn.Linear(1, 2), (torch.ones(1, 1),), scheme="full").save(file)
+        tries = [runner.profile(file) for _ in range(TRIES)]
+    return Peak(
+        gflops=max(found["limit_gflops"] for found in tries),
+        gigabytes=max(found["limit_gigabytes_per_second"] for found in tries),
+    )
 
 
 def prepare(case: KernelCase, operands: Sequence[np.ndarray[Any, Any]], provider: str = "simd") -> Callable[[], object]:
@@ -97,10 +92,10 @@ def prepare(case: KernelCase, operands: Sequence[np.ndarray[Any, Any]], provider
     outputs, _ = infer(case.op, tuple(types), dict(case.attrs))
     attributes = complete_attributes(case.op, dict(case.attrs))
     scratch = workspace_bytes(case.op, types, outputs, attributes, 1)
-    runner = kernels.Prepared(case.op, provider, operands, outputs, case.attrs, scratch, case.share)
-    if (status := runner()) != kernels.OK:
+    prepared = kernels.Prepared(case.op, provider, operands, outputs, case.attrs, scratch, case.share)
+    if (status := prepared()) != kernels.OK:
         raise ValueError(f"{case.title}: the kernel answers with status {status}")
-    return runner
+    return prepared
 
 
 def take_turns(sides: Mapping[str, Callable[[], object]]) -> dict[str, float]:

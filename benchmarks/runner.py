@@ -23,19 +23,24 @@ class RunError(RuntimeError):
 
 def train(model: Path, data: Path, checkpoint: Path, *, quiet: bool = False, **options: Any) -> dict[str, Any]:
     """`pock-run train`: fine-tunes, writes a checkpoint, returns the JSON report. Shows its progress unless quiet."""
-    return _run("train", model, quiet, report=True, data=data, save=checkpoint, **options)
+    return _run("train", model, capture=quiet, report=True, quiet=quiet, data=data, save=checkpoint, **options)
 
 
 def evaluate(model: Path, data: Path, **options: Any) -> dict[str, Any]:
     """`pock-run eval`: the JSON report with loss and accuracy on labelled examples."""
-    return _run("eval", model, quiet=True, report=True, data=data, **options)
+    return _run("eval", model, capture=True, report=True, quiet=True, data=data, **options)
 
 
 def infer(model: Path, data: Path, output: Path, **options: Any) -> dict[str, NDArray[np.generic]]:
     """`pock-run infer`: writes the outputs for all examples to an .npz and returns them by name."""
-    _run("infer", model, quiet=True, report=False, data=data, output=output, **options)
+    _run("infer", model, capture=True, report=False, quiet=True, data=data, output=output, **options)
     with np.load(output) as arrays:
         return dict(arrays)
+
+
+def profile(model: Path) -> dict[str, Any]:
+    """`pock-run bench --profile`: the JSON report with the time of each op and the limits of a core."""
+    return _run("bench", model, capture=True, report=True, profile=True, steps=1)
 
 
 def export(model: Path, checkpoint: Path, output: Path) -> Path:
@@ -45,14 +50,14 @@ def export(model: Path, checkpoint: Path, output: Path) -> Path:
     return output
 
 
-def _run(command: str, model: Path, quiet: bool, *, report: bool, **options: Any) -> dict[str, Any]:
+def _run(command: str, model: Path, *, capture: bool, report: bool, **options: Any) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="pockc-run-") as folder:
         arguments = [str(abi.runtime_file("pock-run")), command, str(model)]
         options |= {"json": Path(folder, "report.json")} if report else {}
         for name, value in options.items():
-            arguments += [f"--{name.replace('_', '-')}", str(value)]
-        arguments += ["--quiet"] if quiet else []
-        _check(subprocess.run(arguments, check=False, text=True, capture_output=quiet))
+            flag = f"--{name.replace('_', '-')}"
+            arguments += [flag] * value if isinstance(value, bool) else [flag, str(value)]
+        _check(subprocess.run(arguments, check=False, text=True, capture_output=capture))
         content: dict[str, Any] = json.loads(options["json"].read_text(encoding="utf-8")) if report else {}
     return content
 

@@ -68,7 +68,7 @@ Status combine_of(const Call& call, const Broadcast& b, F function) {
   if (b.inner == 1) {  // one factor per run of `middle` elements
     const int64_t grain = maximum<int64_t>(1, kElementGrain / b.middle);
     const int64_t parts = b.outer == 1 ? b.middle : b.outer;
-    parallel(call, parts, b.outer == 1 ? kElementGrain : grain, [&](int64_t begin, int64_t end, int) {
+    parallel(call, parts, b.outer == 1 ? kElementGrain : grain, [=](int64_t begin, int64_t end, int) {
       const bool scalar = b.outer == 1;
       for (int64_t o = scalar ? 0 : begin; o < (scalar ? 1 : end); ++o) {
         const vf factor = splat(load_n(other + o, 1)[0]);
@@ -81,7 +81,7 @@ Status combine_of(const Call& call, const Broadcast& b, F function) {
     return PK_OK;
   }
   if (b.outer * b.middle == 1) {
-    parallel(call, b.inner, kElementGrain, [&](int64_t begin, int64_t end, int) {
+    parallel(call, b.inner, kElementGrain, [=](int64_t begin, int64_t end, int) {
       for_vectors(begin, end, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
         store_n(out + i, function(load_n(full + i, valid), load_n(other + i, valid)), valid);
       });
@@ -89,7 +89,7 @@ Status combine_of(const Call& call, const Broadcast& b, F function) {
     return PK_OK;
   }
   parallel(call, b.outer * b.middle, maximum<int64_t>(1, kElementGrain / b.inner),
-           [&](int64_t begin, int64_t end, int) {
+           [=](int64_t begin, int64_t end, int) {
              for (int64_t row = begin; row < end; ++row) {
                const T* x = full + row * b.inner;
                const O* y = other + row / b.middle * b.inner;

@@ -37,11 +37,10 @@ struct Row {
 };
 
 template <typename T>
-POCKC_INLINE void finish(const Row<T>& row, vf sum, int64_t i, int64_t c, int64_t valid) {
-  const Epilogue& e = *row.epilogue;
+POCKC_INLINE void finish(const Epilogue& e, vf sum, int64_t c, T* to, int64_t valid) {
   if (e.bias != nullptr) sum += load_n(e.bias + c, valid);
   if (e.activation == kClip) sum = clip(sum, splat(e.low), splat(e.high));
-  store_n(row.out + i * row.out_step + c, sum, valid);
+  store_n(to, sum, valid);
 }
 
 // Output i, any taps, with a test per tap: kernels without a fast path.
@@ -59,7 +58,7 @@ void single_output(const Row<T>& row, int64_t i) {
         sum = fma(x, load_n(row.w[r] + row.weight[s] + c, valid), sum);
       }
     }
-    finish(row, sum, i, c, valid);
+    finish(*row.epilogue, sum, c, row.out + i * row.out_step + c, valid);
   });
 }
 
@@ -85,16 +84,20 @@ POCKC_INLINE void tile_outputs(const Row<T>& row, int64_t i) {
   const int64_t first = i * Step + row.offset[0];
   const int64_t channels = row.channels, weight_step = row.weight_step, weight_start = row.weight[0];
   const int rows = row.rows;
+  // Copies stay in registers: anything that has an address could be part of what is written.
+  const Epilogue epilogue = *row.epilogue;
+  const int64_t out_step = row.out_step;
+  T* const out = row.out + i * out_step;
   bool inside[kInputs];
   for (int j = 0; j < kInputs; ++j) inside[j] = !Edge || (first + j >= 0 && first + j < row.width);
   const int64_t stored = Edge ? minimum<int64_t>(Tile, row.count - i) : Tile;
   const int64_t next_input = (first + kInputs) * channels;
-  const T* next_output = row.out + (i + Tile) * row.out_step;
+  const T* next_output = out + Tile * out_step;
   for (int64_t begin = 0; begin < channels; begin += W) {
     for (int r = rows - row.fresh; r < rows; ++r) {
       ask<Tile * Step * W>(row.x[r] + next_input + begin * Tile * Step, false);
     }
-    for (int64_t pixel = 0; pixel < row.out_step; pixel += channels, next_output += Tile * W) {
+    for (int64_t pixel = 0; pixel < out_step; pixel += channels, next_output += Tile * W) {
       ask<Tile * W>(next_output, true);
     }
     const int64_t c = minimum<int64_t>(begin, channels - W);
@@ -120,7 +123,7 @@ POCKC_INLINE void tile_outputs(const Row<T>& row, int64_t i) {
     }
     POCKC_UNROLL
     for (int t = 0; t < Tile; ++t) {
-      if (!Edge || t < stored) finish(row, sum[t], i + t, c, W);
+      if (!Edge || t < stored) finish(epilogue, sum[t], c, out + t * out_step + c, W);
     }
   }
 }

@@ -41,7 +41,7 @@ POCKC_INLINE void add_row(const Convolution& conv, const RowPair<T>& pair, int64
       POCKC_UNROLL
       for (int s = 0; s < Taps; ++s) sum[r][s] = vf{};
     }
-    const auto border = [&](int64_t begin, int64_t end) {
+    const auto border = [&](int64_t begin, int64_t end) POCKC_LAMBDA {
       for (int64_t ow = begin; ow < end; ++ow) {
         const vf ct = load_n(pair.ct + ow * channels + c, valid);
         POCKC_UNROLL

@@ -21,7 +21,7 @@ template <typename T, typename F>
 Status map_of(const Call& call, F function) {
   const T* x = call.inputs[0].as<T>();
   T* out = call.outputs[0].as<T>();
-  parallel(call, elements(call.outputs[0]), kElementGrain, [&](int64_t begin, int64_t end, int) {
+  parallel(call, elements(call.outputs[0]), kElementGrain, [=](int64_t begin, int64_t end, int) {
     for_vectors(begin, end, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
       store_n(out + i, function(load_n(x + i, valid)), valid);
     });
@@ -40,7 +40,7 @@ Status map_gradient_of(const Call& call, F slope) {
   const T* ct = call.inputs[0].as<T>();
   const T* x = call.inputs[1].as<T>();
   T* out = call.outputs[0].as<T>();
-  parallel(call, elements(call.outputs[0]), kElementGrain, [&](int64_t begin, int64_t end, int) {
+  parallel(call, elements(call.outputs[0]), kElementGrain, [=](int64_t begin, int64_t end, int) {
     for_vectors(begin, end, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
       store_n(out + i, load_n(ct + i, valid) * slope(load_n(x + i, valid)), valid);
     });

@@ -24,12 +24,12 @@ struct Gate {
 };
 
 // The lanes of elements that lie between the bounds, of which an infinite one always holds.
+template <bool Inclusive>
 POCKC_INLINE vi in_range(vf x, const Gate& gate) {
   const vi any_low = splat_int(gate.low == -kInfinity ? -1 : 0);
   const vi any_high = splat_int(gate.high == kInfinity ? -1 : 0);
-  const vi above = any_low | (gate.inclusive ? x >= splat(gate.low) : x > splat(gate.low));
-  const vi below = any_high | (gate.inclusive ? x <= splat(gate.high) : x < splat(gate.high));
-  return above & below;
+  const vf low = splat(gate.low), high = splat(gate.high);
+  return (any_low | (Inclusive ? x >= low : x > low)) & (any_high | (Inclusive ? x <= high : x < high));
 }
 
 // The bits of up to W elements, from any one on.
@@ -59,18 +59,24 @@ POCKC_INLINE void close_by_bits(const uint8_t* mask, int64_t first, float* x, in
   });
 }
 
-// `count` elements of the gradient, from x on: those that do not pass become zero.
-inline void close_gate(const Gate& shared, float* x, int64_t count) {
+template <bool Inclusive>
+void close_by_values(const Gate& shared, const float* values, float* x, int64_t count) {
   const Gate gate = shared;  // what it holds stays in registers: a float that is written could be its bounds
+  for_vectors(0, count, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
+    const vi passes = in_range<Inclusive>(load_n(values + i, valid), gate);
+    store_n(x + i, select(passes, load_n(x + i, valid), vf{}), valid);
+  });
+}
+
+// `count` elements of the gradient, from x on: those that do not pass become zero.
+inline void close_gate(const Gate& gate, float* x, int64_t count) {
   const int64_t first = x - gate.gradient;
   if (gate.values == nullptr) {
     close_by_bits(gate.bits, first, x, count);
     return;
   }
-  const float* values = gate.values + first;
-  for_vectors(0, count, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
-    store_n(x + i, select(in_range(load_n(values + i, valid), gate), load_n(x + i, valid), vf{}), valid);
-  });
+  const auto close = gate.inclusive ? close_by_values<true> : close_by_values<false>;
+  close(gate, gate.values + first, x, count);
 }
 
 }  // namespace POCKC_SIMD_NAMESPACE

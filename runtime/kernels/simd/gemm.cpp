@@ -62,6 +62,7 @@ POCKC_INLINE void set_columns(const Gemm& gemm, const Block& block, int64_t n0, 
 // What an epilogue does to whole rows, after their last block.
 void finish_rows(const Gemm& gemm, float* const* c, int64_t rows, int64_t n0, int64_t columns) {
   const Epilogue& epilogue = gemm.epilogue;
+  if (epilogue.gate == nullptr && epilogue.activation <= kClip) return;
   for (int64_t i = 0; i < rows; ++i) {
     float* row = c[i] + n0 - gemm.c.first_column;
     if (epilogue.gate != nullptr) close_gate(*epilogue.gate, row, columns);

@@ -13,6 +13,8 @@ constexpr int64_t kLineFloats = 16;  // of a cache line
 constexpr int64_t kAheadSteps =
     W >= 16 ? 32 : 64;  // of k, after which a tile asks again: some hundred cycles
 
+constexpr int64_t kStepsAhead = 12;  // of k: by then a line of B has come from the second-level cache
+
 // How often a tile asks.
 inline int64_t times_asked(int64_t depth) { return divide_up(depth, kAheadSteps); }
 
@@ -33,12 +35,17 @@ class Ahead {
         pieces_(pieces),
         each_(divide_up(pieces * divide_up(floats, kLineFloats), times)) {}
 
-  POCKC_INLINE void ask() {
-    for (int64_t i = 0; i < each_ && pieces_ > 0; ++i) {
+  // The next call, or the next `times` calls, at once.
+  POCKC_INLINE void ask(int64_t times = 1) {
+    int64_t lines = times * each_;
+    while (lines > 0 && pieces_ > 0) {
+      int64_t at = at_;
       // Its end: a short piece often begins in a line that the piece before it has brought.
-      __builtin_prefetch(piece_ + minimum(at_ + kLineFloats, floats_) - 1);
-      at_ += kLineFloats;
-      if (at_ < floats_) continue;
+      for (; lines > 0 && at < floats_; at += kLineFloats, --lines) {
+        __builtin_prefetch(piece_ + minimum(at + kLineFloats, floats_) - 1);
+      }
+      at_ = at;
+      if (at < floats_) return;
       at_ = 0;
       piece_ += stride_;
       --pieces_;
@@ -57,9 +64,9 @@ enum Operand { kLeft, kRight, kOutput };
 struct Asked {
   Ahead of[3];  // by Operand
 
-  POCKC_INLINE void ask() {
+  POCKC_INLINE void ask(int64_t times = 1) {
     POCKC_KEEP_LOOP
-    for (int i = 0; i < 3; ++i) of[i].ask();
+    for (int i = 0; i < 3; ++i) of[i].ask(times);
   }
 };
 

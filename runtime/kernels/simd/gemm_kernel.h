@@ -16,6 +16,8 @@
 #include "simd/gemm_amx.h"
 #elif defined(__AVX512BF16__)
 #include "simd/gemm_bf16.h"
+#elif defined(__aarch64__)
+#include "simd/gemm_lanes.h"
 #endif
 
 namespace pockc {
@@ -42,16 +44,6 @@ constexpr int kTileRows = 6, kTileVectors = 2;
 #endif
 constexpr int kTileColumns = kTileVectors * W;
 
-// Four steps of k at a time where one is short: less to issue besides the multiply-adds.
-#if defined(__AVX512F__)
-#define POCKC_UNROLL_STEPS
-#elif defined(__clang__) && defined(__x86_64__)
-#define POCKC_UNROLL_STEPS _Pragma("unroll 2")  // four take a tenth longer: registers are few
-#elif defined(__clang__)
-#define POCKC_UNROLL_STEPS _Pragma("unroll 4")
-#else
-#define POCKC_UNROLL_STEPS _Pragma("GCC unroll 4")
-#endif
 static_assert(kTileRows <= kMaxRows && kColumns % kTileColumns == 0, "blocking");
 
 struct Tile {
@@ -73,7 +65,6 @@ struct Tile {
 };
 
 constexpr int64_t kPrefetchDepth = 64;  // shorter sums are done before a line of C could arrive
-constexpr int64_t kStepsAhead = 12;     // of k: by then a line of B has come from the second-level cache
 
 // Tall tiles take A in runs; large ones of wide vectors ask while they multiply, others before. More code for
 // small ones would be in vain.
@@ -81,9 +72,7 @@ constexpr bool is_tall(int64_t rows) { return 3 * rows > 2 * kTileRows; }
 template <int R, int V>
 constexpr bool asks_within = W >= 8 && V == kTileVectors && is_tall(R);
 
-__attribute__((noinline)) inline void ask_at_once(const Tile& t) {
-  for (int64_t i = times_asked(t.depth); i > 0; --i) t.asked->ask();
-}
+__attribute__((noinline)) inline void ask_at_once(const Tile& t) { t.asked->ask(times_asked(t.depth)); }
 
 // C is needed when the sums are done: by then it is here. Of a tile that streams rows of A through the cache
 // it is asked for towards the end, or they would drive it out again.
@@ -154,6 +143,42 @@ void micro_kernel(const Tile& t) {
   amx_kernel<V>(t, R, asks_within<R, V>);
 }
 #else
+#if !defined(__aarch64__)
+// Four steps of k at a time where one is short: less to issue besides the multiply-adds.
+#if defined(__AVX512F__)
+#define POCKC_UNROLL_STEPS
+#elif defined(__clang__) && defined(__x86_64__)
+#define POCKC_UNROLL_STEPS _Pragma("unroll 2")  // four take a tenth longer: registers are few
+#elif defined(__clang__)
+#define POCKC_UNROLL_STEPS _Pragma("unroll 4")
+#else
+#define POCKC_UNROLL_STEPS _Pragma("GCC unroll 4")
+#endif
+
+// sum[i][j] over the steps [k0, end) of k, from a and b on, which end up behind them. On 64-bit ARM:
+// gemm_lanes.h.
+template <int R, int V, bool RowMajor>
+POCKC_INLINE void add_steps(const float*& a, int64_t a_stride, const float*& b, int64_t b_stride, int64_t k0,
+                            int64_t end, vf (&sum)[R][V]) {
+  POCKC_UNROLL_STEPS
+  for (int64_t k = k0; k < end; ++k) {
+    POCKC_UNROLL
+    for (int j = 0; j < V * W; j += kLineFloats) __builtin_prefetch(b + kStepsAhead * b_stride + j);
+    vf right[V];
+    POCKC_UNROLL
+    for (int j = 0; j < V; ++j) right[j] = load(b + j * W);
+    POCKC_UNROLL
+    for (int i = 0; i < R; ++i) {
+      const vf left = splat(RowMajor ? a[i * a_stride] : a[i]);
+      POCKC_UNROLL
+      for (int j = 0; j < V; ++j) sum[i][j] = fma(left, right[j], sum[i][j]);
+    }
+    a += RowMajor ? 1 : a_stride;
+    b += b_stride;
+  }
+}
+#endif
+
 template <int R, int V, bool RowMajor>
 void micro_kernel(const Tile& t) {
   constexpr bool late = RowMajor && asks_within<R, V>;
@@ -186,23 +211,7 @@ void micro_kernel(const Tile& t) {
     if constexpr (asks_within<R, V>) t.asked->ask();
     if (late && k0 + 2 * chunk >= t.depth && k0 + chunk < t.depth) ask_for_output<R, V>(t);
     if (RowMajor && is_tall(R) && runs != nullptr) a = *runs++;
-    const int64_t end = minimum(t.depth, k0 + chunk);
-    POCKC_UNROLL_STEPS
-    for (int64_t k = k0; k < end; ++k) {
-      POCKC_UNROLL
-      for (int j = 0; j < V * W; j += kLineFloats) __builtin_prefetch(b + kStepsAhead * b_stride + j);
-      vf right[V];
-      POCKC_UNROLL
-      for (int j = 0; j < V; ++j) right[j] = load(b + j * W);
-      POCKC_UNROLL
-      for (int i = 0; i < R; ++i) {
-        const vf left = splat(RowMajor ? a[i * a_stride] : a[i]);
-        POCKC_UNROLL
-        for (int j = 0; j < V; ++j) sum[i][j] = fma(left, right[j], sum[i][j]);
-      }
-      a += RowMajor ? 1 : a_stride;
-      b += b_stride;
-    }
+    add_steps<R, V, RowMajor>(a, a_stride, b, b_stride, k0, minimum(t.depth, k0 + chunk), sum);
   }
 #endif
   finish_tile_rows<R, V>(t, 0, sum);

@@ -26,8 +26,13 @@ POCKC_INLINE int64_t steps_together(int64_t left) { return kPaired && left > 1 ?
 template <typename Rows>
 POCKC_INLINE void load_square(const Rows& rows, int64_t n, int64_t k, int64_t columns, int64_t valid,
                               vf (&x)[W]) {
-  POCKC_UNROLL
-  for (int i = 0; i < W; ++i) x[i] = i < columns ? rows.load(n + i, k, valid) : vf{};
+  if (std::is_same_v<Rows, FloatRows> && columns >= W && valid == W) {  // nothing to test at each load
+    POCKC_UNROLL
+    for (int i = 0; i < W; ++i) x[i] = rows.load(n + i, k, W);
+  } else {
+    POCKC_UNROLL
+    for (int i = 0; i < W; ++i) x[i] = i < columns ? rows.load(n + i, k, valid) : vf{};
+  }
   if (k % kLineFloats == 0) {
     POCKC_UNROLL
     for (int i = 0; i < W; ++i) rows.ask(n + W + i, k);

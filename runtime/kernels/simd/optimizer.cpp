@@ -46,7 +46,7 @@ Status for_runs(const Call& call, int operands, const Part& part, Update&& updat
   }
   if (call.input_count == operands) {
     parallel(call, elements(call.inputs[1]), kElementGrain,
-             [&](int64_t begin, int64_t end, int) { update(begin, begin, end - begin); });
+             [=](int64_t begin, int64_t end, int) { update(begin, begin, end - begin); });
     return PK_OK;
   }
   const int32_t* indices = call.inputs[operands].as<int32_t>();
@@ -81,7 +81,7 @@ Status run_sgd(const Call& call) {
   const vf rate = splat(-*call.inputs[2].as<float>());
   const float* g = call.inputs[1].as<float>();
   float* p = call.outputs[0].as<float>() + before;
-  return for_runs(call, 3, part, [=](int64_t to, int64_t from, int64_t n) {
+  return for_runs(call, 3, part, [=](int64_t to, int64_t from, int64_t n) POCKC_LAMBDA {
     for_vectors(0, n, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
       const vf old = load_n(p + to + i, valid);
       const vf gradient = fma(decay, old, load_n(g + from + i, valid));
@@ -106,7 +106,7 @@ Status run_momentum(const Call& call) {
   const float* m = call.inputs[2].as<float>() + before;
   float* p = call.outputs[0].as<float>() + before;
   float* new_m = call.outputs[1].as<float>() + before;
-  return for_runs(call, 5, part, [=](int64_t to, int64_t from, int64_t n) {
+  return for_runs(call, 5, part, [=](int64_t to, int64_t from, int64_t n) POCKC_LAMBDA {
     for_vectors(0, n, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
       const vf old = load_n(p + to + i, valid);
       const vf gradient = fma(decay, old, load_n(g + from + i, valid));
@@ -141,7 +141,7 @@ Status run_adam(const Call& call) {
   float* p = call.outputs[0].as<float>() + before;
   float* new_m = call.outputs[1].as<float>() + before;
   float* new_v = call.outputs[2].as<float>() + before;
-  return for_runs(call, 6, part, [=](int64_t to, int64_t from, int64_t n) {
+  return for_runs(call, 6, part, [=](int64_t to, int64_t from, int64_t n) POCKC_LAMBDA {
     for_vectors(0, n, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
       const vf old = load_n(p + to + i, valid) * shrink;
       const vf gradient = fma(l2, old, load_n(g + from + i, valid));
@@ -171,7 +171,7 @@ Status run_lion(const Call& call) {
   const float* m = call.inputs[2].as<float>() + before;
   float* p = call.outputs[0].as<float>() + before;
   float* new_m = call.outputs[1].as<float>() + before;
-  return for_runs(call, 4, part, [=](int64_t to, int64_t from, int64_t n) {
+  return for_runs(call, 4, part, [=](int64_t to, int64_t from, int64_t n) POCKC_LAMBDA {
     for_vectors(0, n, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
       const vf gradient = load_n(g + from + i, valid);
       const vf slot = load_n(m + from + i, valid);

@@ -233,15 +233,19 @@ POCKC_INLINE int64_t last_dim(const Tensor& t) { return t.rank == 0 ? 1 : t.dims
 POCKC_INLINE int thread_count(const Call& call) { return call.pool == nullptr ? 1 : call.pool->threads(); }
 
 // f(begin, end, thread), like ThreadPool::parallel_for, but its plumbing has internal linkage (see above).
+// What f holds by value stays in registers, for it is copied first: a float that is written could be part of
+// anything that has an address.
 template <typename F>
 void parallel(const Call& call, int64_t count, int64_t grain, F&& f) {
   if (call.pool == nullptr || count <= grain) {
-    if (count > 0) f(static_cast<int64_t>(0), count, 0);
+    const auto own = f;
+    if (count > 0) own(static_cast<int64_t>(0), count, 0);
     return;
   }
   struct Thunk {
     static void run(void* context, int64_t begin, int64_t end, int thread) {
-      (*static_cast<typename std::remove_reference<F>::type*>(context))(begin, end, thread);
+      const auto own = *static_cast<typename std::remove_reference<F>::type*>(context);
+      own(begin, end, thread);
     }
   };
   call.pool->parallel_for(count, grain, &Thunk::run, &f);
