@@ -15,6 +15,8 @@ POCKC_INLINE uint32_t bits_of_lanes(vi mask) {
   return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(mask)));
 #elif defined(__x86_64__)
   return static_cast<uint32_t>(_mm_movemask_ps(reinterpret_cast<__m128>(mask)));
+#elif defined(__aarch64__)
+  return vaddvq_u32(reinterpret_cast<vu>(mask) & vu{1, 2, 4, 8});
 #else
   uint32_t bits = 0;
   for (int i = 0; i < W; ++i) bits |= static_cast<uint32_t>(mask[i] & 1) << i;

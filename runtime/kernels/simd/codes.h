@@ -85,11 +85,15 @@ POCKC_INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 
 // The nearest codes between two bounds that are codes; `low` for what is no number.
 POCKC_INLINE vi to_codes(vf x, vf low, vf high) {
+#if defined(__aarch64__)
+  return reinterpret_cast<vi>(vcvtnq_s32_f32(vminnmq_f32(vmaxnmq_f32(x, low), high)));
+#else
   x = select(x > low, x, low);
   x = select(x < high, x, high);
   // 1.5 * 2^23: a float of that size has no room for fractions, and the sum rounds them to the nearest even.
   const vf shift = splat(12582912.0f);
   return __builtin_convertvector((x + shift) - shift, vi);
+#endif
 }
 
 }  // namespace POCKC_SIMD_NAMESPACE

@@ -23,10 +23,35 @@ struct Job {
   vf low, high;
 };
 
-POCKC_INLINE void finish(const Job& job, vi sum, int64_t pixel, int64_t o, int64_t valid) {
+// The codes of the sums of W output channels from o on, of which `valid` are meant.
+POCKC_INLINE vi codes_of(const Job& job, vi sum, int64_t o, int64_t valid) {
   const vf scaled = to_float(sum) * load_n(job.factor + o, valid) + load_n(job.offset + o, valid);
-  narrow(job.y + pixel * job.c.out_channels + o, to_codes(scaled, job.low, job.high), valid);
+  return to_codes(scaled, job.low, job.high);
 }
+POCKC_INLINE void finish(const Job& job, vi sum, int64_t pixel, int64_t o, int64_t valid) {
+  narrow(job.y + pixel * job.c.out_channels + o, codes_of(job, sum, o, valid), valid);
+}
+#if defined(__ARM_NEON)
+// Of up to eight channels, to y.
+POCKC_INLINE void finish_eight(const Job& job, int32x4_t low, int32x4_t high, uint8_t* y, int64_t o,
+                               int64_t valid) {
+  const vi first = codes_of(job, reinterpret_cast<vi>(low), o, minimum<int64_t>(valid, W));
+  if (valid <= W) {
+    narrow(y, first, valid);
+    return;
+  }
+  const vi second = codes_of(job, reinterpret_cast<vi>(high), o + W, valid - W);
+  const uint8x8_t codes = vmovn_u16(vcombine_u16(vmovn_u32(reinterpret_cast<uint32x4_t>(first)),
+                                                 vmovn_u32(reinterpret_cast<uint32x4_t>(second))));
+  if (valid == 2 * W) {
+    vst1_u8(y, codes);
+    return;
+  }
+  uint8_t all[2 * W];
+  vst1_u8(all, codes);
+  for (int64_t i = 0; i < valid; ++i) y[i] = all[i];
+}
+#endif
 
 // Calls f(x, count) for the inputs that belong to rows [begin, end) of the weights, in that order: `count` of
 // them lie at x, or outside of the image where x is null.

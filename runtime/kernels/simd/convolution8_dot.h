@@ -115,6 +115,29 @@ void add_products(int64_t steps, int64_t pixels, int64_t valid, Block* block) {
   for (int64_t p = 0; p < pixels; p += kPixels) kByVectors[(valid - 1) / 4](steps, p, block);
 }
 
+// What becomes of the sums of output channels [o, o + valid) of some pixels.
+void finish_channels(const Job& shared, int64_t first, int64_t pixels, int64_t o, int64_t valid,
+                     const Block& block) {
+  const Job job = shared;  // what it holds stays in registers: a byte that is written could be part of it
+  const uint32_t zero = static_cast<uint32_t>(job.zero);
+  const uint32_t n = static_cast<uint32_t>(job.c.taps() * job.c.channels);
+  uint8_t* y = job.y + first * job.c.out_channels + o;
+  for (int64_t p = 0; p < pixels; ++p, y += job.c.out_channels) {
+    const uint32x4_t rest = vdupq_n_u32(kWeightZero * (zero * n - block.x_sums[p]));
+    const auto sum = [&](int64_t v) POCKC_LAMBDA {
+      const uint32x4_t weights = vmulq_n_u32(vld1q_u32(block.w_sums + v), zero);
+      return vreinterpretq_s32_u32(vsubq_u32(vaddq_u32(vld1q_u32(block.sums[p] + v), rest), weights));
+    };
+    const auto finish = [&](int64_t v, int64_t count)
+                            POCKC_LAMBDA { finish_eight(job, sum(v), sum(v + W), y + v, o + v, count); };
+    if (valid == kChannels) {
+      finish(0, 2 * W), finish(2 * W, 2 * W);
+    } else {
+      for (int64_t v = 0; v < valid; v += 2 * W) finish(v, minimum<int64_t>(valid - v, 2 * W));
+    }
+  }
+}
+
 // Output channels [o, o + valid) of some pixels.
 void block_channels(const Job& job, int64_t first, int64_t pixels, int64_t o, int64_t valid, Block* block) {
   const int64_t depth = job.c.taps() * job.c.channels;
@@ -128,15 +151,7 @@ void block_channels(const Job& job, int64_t first, int64_t pixels, int64_t o, in
     if (job.zero != 0) add_weights(steps, block);
     add_products(steps, pixels, valid, block);
   }
-  const uint32_t zero = static_cast<uint32_t>(job.zero), n = static_cast<uint32_t>(depth);
-  for (int64_t p = 0; p < pixels; ++p) {
-    const uint32_t rest = kWeightZero * (zero * n - block->x_sums[p]);
-    for (int64_t v = 0; v < valid; v += W) {
-      const uint32x4_t weights = vmulq_n_u32(vld1q_u32(block->w_sums + v), zero);
-      const uint32x4_t sum = vsubq_u32(vaddq_u32(vld1q_u32(block->sums[p] + v), vdupq_n_u32(rest)), weights);
-      finish(job, reinterpret_cast<vi>(sum), first + p, o + v, minimum<int64_t>(valid - v, W));
-    }
-  }
+  finish_channels(job, first, pixels, o, valid, *block);
 }
 
 // Output pixels [begin, end) with all their channels.

@@ -99,12 +99,15 @@ bool rounds_tiles(const Gemm& gemm) {
 }
 
 // `columns` sums as halves, to where output_row says.
-void round_row(DType dtype, const float* sums, void* to, int64_t columns) {
-  with_elements(dtype, [&](auto zero) {
-    auto* const halves = static_cast<decltype(zero)*>(to);
-    for_vectors(0, columns, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
-      store_n(halves + i, load_n(sums + i, valid), valid);
-    });
+template <typename T>
+POCKC_INLINE void round_row(const float* sums, T* halves, int64_t columns) {
+  if (columns == kTileColumns) {
+    POCKC_UNROLL
+    for (int64_t i = 0; i < kTileColumns; i += W) store_n(halves + i, load(sums + i), W);
+    return;
+  }
+  for_vectors(0, columns, [&](int64_t i, int64_t valid) POCKC_LAMBDA {
+    store_n(halves + i, load_n(sums + i, valid), valid);
   });
 }
 
@@ -124,8 +127,11 @@ void run_tile(const Gemm& gemm, MicroKernel kernel, const Tile& tile, int rows) 
   whole.c = c;
   whole.column = 0;
   kernel(whole);
-  for (int i = 0; i < rows; ++i)
-    round_row(gemm.c.dtype, sums[i], reinterpret_cast<uint16_t*>(tile.c[i]) + tile.column, tile.columns);
+  with_elements(gemm.c.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    for (int i = 0; i < rows; ++i)
+      round_row(sums[i], reinterpret_cast<T*>(tile.c[i]) + tile.column, tile.columns);
+  });
 }
 
 // Where row m of C begins, whatever its elements are.
@@ -393,8 +399,11 @@ void multiply_narrowed(const Gemm& gemm, int64_t m0, int64_t m1, int64_t n0, int
       const int64_t end = minimum(m1, m + rows);
       part.c.first_row = m;
       multiply_part(part, m, end, n, n + columns, blocking, scratch + round_up(planned, 16));
-      for (int64_t i = m; i < end; ++i)
-        round_row(gemm.c.dtype, output_row(part.c, i), output_row<uint16_t>(gemm.c, i) + n, columns);
+      with_elements(gemm.c.dtype, [&](auto zero) {
+        using T = decltype(zero);
+        for (int64_t i = m; i < end; ++i)
+          round_row(output_row(part.c, i), output_row<T>(gemm.c, i) + n, columns);
+      });
     }
   }
 }

@@ -86,12 +86,7 @@ POCKC_INLINE void add_transposed(const F16* a, const F16* b, int64_t terms, vf16
 template <int R, int V, bool RowMajor>
 POCKC_INLINE void multiply_halves(const F16* a, int64_t a_stride, const F16* b, int64_t depth, vf (*sum)[V]) {
   constexpr int H = (V + 1) / 2;
-  POCKC_UNROLL
-  for (int i = 0; i < R; ++i) {
-    POCKC_UNROLL
-    for (int j = 0; j < V; ++j) sum[i][j] = vf{};
-  }
-  for (int64_t k = 0; k < depth; k += kHalfTerms) {
+  for (int64_t k = 0; k == 0 || k < depth; k += kHalfTerms) {
     const int64_t terms = minimum<int64_t>(kHalfTerms, depth - k);
     vf16 part[R][H];
     POCKC_UNROLL
@@ -105,13 +100,20 @@ POCKC_INLINE void multiply_halves(const F16* a, int64_t a_stride, const F16* b, 
     } else {
       add_transposed<R, H>(a + k * kHalfLanes, right, terms, part);
     }
-    POCKC_UNROLL
-    for (int i = 0; i < R; ++i) {
+    const auto widened = [&](int i, int j) POCKC_LAMBDA {
+      return j % 2 == 0 ? vcvt_f32_f16(vget_low_f16(part[i][j / 2])) : vcvt_high_f32_f16(part[i][j / 2]);
+    };
+    const auto set = [&](auto sum_of) POCKC_LAMBDA {
       POCKC_UNROLL
-      for (int j = 0; j < V; ++j) {
-        sum[i][j] +=
-            j % 2 == 0 ? vcvt_f32_f16(vget_low_f16(part[i][j / 2])) : vcvt_high_f32_f16(part[i][j / 2]);
+      for (int i = 0; i < R; ++i) {
+        POCKC_UNROLL
+        for (int j = 0; j < V; ++j) sum[i][j] = sum_of(i, j);
       }
+    };
+    if (k == 0) {
+      set(widened);
+    } else {
+      set([&](int i, int j) POCKC_LAMBDA { return sum[i][j] + widened(i, j); });
     }
   }
 }

@@ -97,8 +97,9 @@ POCKC_INLINE void pack_steps(int64_t k, int64_t steps, int64_t depth, int64_t co
 
 // `columns` of all rows of the block, of up to kPanelsPacked panels.
 template <typename Rows>
-void pack_panels(const Rows& rows, const RightMatrix& b, int64_t k0, int64_t depth, int64_t n0,
+void pack_panels(const Rows& shared, const RightMatrix& b, int64_t k0, int64_t depth, int64_t n0,
                  int64_t columns, Element* to) {
+  const Rows rows = shared;  // what it holds stays in registers: what is written could be part of it
   for (int64_t k = 0, steps; k < depth; k += steps) {
     steps = steps_together(depth - k);
     for (int64_t ahead = k + kRowsAhead; ahead < minimum(depth, k + kRowsAhead + steps); ++ahead) {
