@@ -23,34 +23,38 @@ struct Job {
   vf low, high;
 };
 
-// The codes of the sums of W output channels from o on, of which `valid` are meant.
-POCKC_INLINE vi codes_of(const Job& job, vi sum, int64_t o, int64_t valid) {
-  const vf scaled = to_float(sum) * load_n(job.factor + o, valid) + load_n(job.offset + o, valid);
-  return to_codes(scaled, job.low, job.high);
-}
-POCKC_INLINE void finish(const Job& job, vi sum, int64_t pixel, int64_t o, int64_t valid) {
-  narrow(job.y + pixel * job.c.out_channels + o, codes_of(job, sum, o, valid), valid);
-}
+// What makes codes of the sums of W output channels from o on, of which `valid` are meant.
+struct Scale {
+  vf factor, offset;
+
+  POCKC_INLINE Scale(const Job& job, int64_t o, int64_t valid)
+      : factor(load_n(job.factor + o, valid)), offset(load_n(job.offset + o, valid)) {}
+  POCKC_INLINE vi codes(const Job& job, vi sum) const {
+    return to_codes(to_float(sum) * factor + offset, job.low, job.high);
+  }
+};
 #if defined(__ARM_NEON)
-// Of up to eight channels, to y.
-POCKC_INLINE void finish_eight(const Job& job, int32x4_t low, int32x4_t high, uint8_t* y, int64_t o,
-                               int64_t valid) {
-  const vi first = codes_of(job, reinterpret_cast<vi>(low), o, minimum<int64_t>(valid, W));
-  if (valid <= W) {
-    narrow(y, first, valid);
-    return;
+// The same of eight channels.
+struct ScaleOfEight {
+  Scale low, high;
+
+  POCKC_INLINE ScaleOfEight(const Job& job, int64_t o, int64_t valid)
+      : low(job, o, minimum<int64_t>(valid, W)),
+        high(job, valid > W ? o + W : o, valid > W ? valid - W : minimum<int64_t>(valid, W)) {}
+
+  POCKC_INLINE void store(const Job& job, vi low_sum, vi high_sum, uint8_t* y, int64_t valid) const {
+    const auto first = reinterpret_cast<uint32x4_t>(low.codes(job, low_sum));
+    const auto second = reinterpret_cast<uint32x4_t>(high.codes(job, high_sum));
+    const uint8x8_t codes = vmovn_u16(vcombine_u16(vmovn_u32(first), vmovn_u32(second)));
+    if (valid == 2 * W) {
+      vst1_u8(y, codes);
+      return;
+    }
+    uint8_t all[2 * W];
+    vst1_u8(all, codes);
+    for (int64_t i = 0; i < valid; ++i) y[i] = all[i];
   }
-  const vi second = codes_of(job, reinterpret_cast<vi>(high), o + W, valid - W);
-  const uint8x8_t codes = vmovn_u16(vcombine_u16(vmovn_u32(reinterpret_cast<uint32x4_t>(first)),
-                                                 vmovn_u32(reinterpret_cast<uint32x4_t>(second))));
-  if (valid == 2 * W) {
-    vst1_u8(y, codes);
-    return;
-  }
-  uint8_t all[2 * W];
-  vst1_u8(all, codes);
-  for (int64_t i = 0; i < valid; ++i) y[i] = all[i];
-}
+};
 #endif
 
 // Calls f(x, count) for the inputs that belong to rows [begin, end) of the weights, in that order: `count` of

@@ -14,6 +14,7 @@ constexpr int kRowPixels = 6;  // of a tile
 // Codes less their zero points fit into 16 bits, and SMLAL adds products of these to sums of 32: eight
 // channels at a time, in half the instructions of products of 32 bits.
 constexpr int kTileChannels = 8;
+using TileScale = ScaleOfEight;
 
 class Sums {
  public:
@@ -28,8 +29,8 @@ class Sums {
     low_ = vmlal_s16(low_, vget_low_s16(x), vget_low_s16(w));
     high_ = vmlal_s16(high_, vget_high_s16(x), vget_high_s16(w));
   }
-  POCKC_INLINE void finish(const Job& job, uint8_t* y, int64_t o, int64_t valid) const {
-    finish_eight(job, low_, high_, y, o, valid);
+  POCKC_INLINE void finish(const Job& job, const TileScale& scale, uint8_t* y, int64_t valid) const {
+    scale.store(job, reinterpret_cast<vi>(low_), reinterpret_cast<vi>(high_), y, valid);
   }
 
  private:
@@ -46,6 +47,7 @@ class Sums {
 };
 #else
 constexpr int kTileChannels = W;
+using TileScale = Scale;
 
 // Weights are taken as their codes, and what is too much, kWeightZero times the sum of the inputs, is
 // subtracted at the end.
@@ -60,8 +62,8 @@ class Sums {
     sum_ += products(x, w);
     inputs_ += x;
   }
-  POCKC_INLINE void finish(const Job& job, uint8_t* y, int64_t o, int64_t valid) const {
-    narrow(y, codes_of(job, sum_ - inputs_ * kWeightZero, o, valid), valid);
+  POCKC_INLINE void finish(const Job& job, const TileScale& scale, uint8_t* y, int64_t valid) const {
+    narrow(y, scale.codes(job, sum_ - inputs_ * kWeightZero), valid);
   }
 
  private:
@@ -94,10 +96,11 @@ POCKC_INLINE void depthwise_tile(const Job& job, int64_t row, int64_t j, int64_t
       }
     }
   }
+  const TileScale scale(job, o, valid);
   uint8_t* y = job.y + (row * c.out_width + j) * c.channels + o;
   POCKC_UNROLL
   for (int p = 0; p < kRowPixels; ++p) {
-    if (!Edge || p < pixels) sums[p].finish(job, y + p * c.channels, o, valid);
+    if (!Edge || p < pixels) sums[p].finish(job, scale, y + p * c.channels, valid);
   }
 }
 

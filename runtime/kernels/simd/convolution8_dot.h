@@ -121,19 +121,17 @@ void finish_channels(const Job& shared, int64_t first, int64_t pixels, int64_t o
   const Job job = shared;  // what it holds stays in registers: a byte that is written could be part of it
   const uint32_t zero = static_cast<uint32_t>(job.zero);
   const uint32_t n = static_cast<uint32_t>(job.c.taps() * job.c.channels);
-  uint8_t* y = job.y + first * job.c.out_channels + o;
-  for (int64_t p = 0; p < pixels; ++p, y += job.c.out_channels) {
-    const uint32x4_t rest = vdupq_n_u32(kWeightZero * (zero * n - block.x_sums[p]));
-    const auto sum = [&](int64_t v) POCKC_LAMBDA {
-      const uint32x4_t weights = vmulq_n_u32(vld1q_u32(block.w_sums + v), zero);
-      return vreinterpretq_s32_u32(vsubq_u32(vaddq_u32(vld1q_u32(block.sums[p] + v), rest), weights));
-    };
-    const auto finish = [&](int64_t v, int64_t count)
-                            POCKC_LAMBDA { finish_eight(job, sum(v), sum(v + W), y + v, o + v, count); };
-    if (valid == kChannels) {
-      finish(0, 2 * W), finish(2 * W, 2 * W);
-    } else {
-      for (int64_t v = 0; v < valid; v += 2 * W) finish(v, minimum<int64_t>(valid - v, 2 * W));
+  for (int64_t v = 0; v < valid; v += 2 * W) {
+    const int64_t count = minimum<int64_t>(valid - v, 2 * W);
+    const ScaleOfEight scale(job, o + v, count);
+    const uint32x4_t low = vmulq_n_u32(vld1q_u32(block.w_sums + v), zero);
+    const uint32x4_t high = vmulq_n_u32(vld1q_u32(block.w_sums + v + W), zero);
+    uint8_t* y = job.y + first * job.c.out_channels + o + v;
+    for (int64_t p = 0; p < pixels; ++p, y += job.c.out_channels) {
+      const uint32x4_t rest = vdupq_n_u32(kWeightZero * (zero * n - block.x_sums[p]));
+      const uint32_t* sums = block.sums[p] + v;
+      scale.store(job, reinterpret_cast<vi>(vsubq_u32(vaddq_u32(vld1q_u32(sums), rest), low)),
+                  reinterpret_cast<vi>(vsubq_u32(vaddq_u32(vld1q_u32(sums + W), rest), high)), y, count);
     }
   }
 }
