@@ -42,3 +42,10 @@ def test_measured_kernel_is_judged_against_the_peak(monkeypatch: pytest.MonkeyPa
     assert measured.share == pytest.approx(1.0 / 50.0)
     assert [bar.met for bar in kernels.bars_of([measured])] == [False]
     assert [bar.met for bar in kernels.bars_of([replace(measured, share=0.9)])] == [True]
+
+
+def test_peak_is_what_the_profile_says_of_a_core() -> None:
+    peak = kernels.measure_peak()
+
+    assert peak.gflops > 0.1
+    assert peak.gigabytes > 0.1
