@@ -40,8 +40,8 @@ class Net(nn.Module):
         self.frozen = nn.Sequential(
             *frozen(3, 20, 3, stride=2),  # 27 inputs, 16 + 4 channels, zero points in the image's middle
             *frozen(20, 20, 3, groups=20), *frozen(20, 70, 1, clipped=False),
-            *frozen(70, 37, 3),  # 630 inputs
-            *frozen(37, 8, 3, dilation=2),
+            *frozen(70, 131, 3),
+            *frozen(131, 8, 3, dilation=2),  # 1179 inputs
         )  # fmt: skip
         self.head = nn.Linear(8, 5)
 

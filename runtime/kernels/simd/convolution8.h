@@ -10,7 +10,7 @@ namespace pockc {
 namespace POCKC_SIMD_NAMESPACE {
 namespace {
 
-constexpr int kDepth = 512;  // inputs of a tile's pixel that are gathered at once
+constexpr int kDepth = 1152;  // inputs of a pixel that are gathered at once: 3 x 3 of 128 channels
 
 struct Job {
   Convolution c;
