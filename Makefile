@@ -27,7 +27,7 @@ test test-python test-page test-cross test-cross-onnx test-toolchains test-jni w
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup runtime asan data lint test fuzz test-cpp test-python test-page qemu test-cross test-cross-onnx test-toolchains test-jni test-amx wheel-aarch64 demo verify-zoo verify-edge verify-onnx bench-memory peers bench-speed bench-all bench-scaling bench-kernels bench-ablate bench-instructions sweep update-golden clean distclean
+.PHONY: help setup runtime asan data lint test fuzz test-cpp test-python test-page qemu test-cross test-cross-onnx test-toolchains test-jni test-amx wheel-aarch64 demo verify-zoo verify-edge verify-onnx bench-memory peers bench-speed bench-all bench-scaling bench-kernels bench-ablate bench-instructions bench-cycles sweep update-golden clean distclean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{ printf "  make %-19s %s\n", $$1, $$2 }'
@@ -162,6 +162,11 @@ verify-edge: setup qemu ## Train three models for five processor cores under emu
 bench-instructions: setup qemu ## Count the instructions of a step on 64-bit ARM by emulation: sparse against full, int8 with dot products, fp16
 	status=0; for counts in instruction_counts instruction_counts_int8 instruction_counts_fp16; do \
 	  $(BIN)/python -m benchmarks.$$counts || status=1; done; exit $$status
+
+bench-cycles: setup qemu ## Model the cycles of a step on 64-bit ARM, kernel by kernel: emulation and llvm-mca
+	command -v llvm-mca || apt-get install --yes --no-install-recommends llvm \
+	  || { apt-get update && apt-get install --yes --no-install-recommends llvm; }
+	$(BIN)/python -m benchmarks.cycle_model
 
 # Everything that is measured is made from random weights: no data is needed.
 bench-memory: setup ## Compare the memory of training with PyTorch's: tables, JSON, a picture

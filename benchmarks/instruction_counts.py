@@ -61,7 +61,7 @@ STEPS = {
     "sparse, prefix cached": Step("sparse", cached=True),
     "sparse, prefix in int8": Step("sparse", core="cortex-a76", int8_prefix=True),
 }
-_FEW, _MORE = 1, 3  # steps; both runs have the same start and the same warm-up
+FEW_STEPS, MORE_STEPS = 1, 3  # steps; both runs have the same start and the same warm-up
 
 
 @dataclass(frozen=True)
@@ -125,10 +125,10 @@ def main() -> None:
     sys.exit(report.finish("instruction counts", found, [bar]))
 
 
-def build_plugin(folder: Path) -> Path:
-    """Compile the plugin with the system's C compiler."""
+def build_plugin(folder: Path, name: str = "count_instructions.c") -> Path:
+    """Compile a plugin with the system's C compiler."""
     plugin = folder / "libcount.so"
-    source = Path(__file__).with_name("count_instructions.c")
+    source = Path(__file__).with_name(name)
     subprocess.run(["cc", "-O2", "-Wall", "-Wextra", "-shared", "-fPIC", str(source), "-o", str(plugin)], check=True)
     return plugin
 
@@ -139,8 +139,8 @@ def of_program(
     """Executed instructions of one step of a program, by class."""
     program.save(folder / "model.pock")
     deliver(program, devices.find("rpi4"), folder, "zig")
-    few, more = (count(folder, plugin, steps, core, entry) for steps in (_FEW, _MORE))
-    return {name: (more[name] - few[name]) / (_MORE - _FEW) for name in few}
+    few, more = (count(folder, plugin, steps, core, entry) for steps in (FEW_STEPS, MORE_STEPS))
+    return {name: (more[name] - few[name]) / (MORE_STEPS - FEW_STEPS) for name in few}
 
 
 def count(folder: Path, plugin: Path, steps: int, core: str, entry: str) -> dict[str, int]:

@@ -25,7 +25,9 @@ _X86_SETS = ("baseline", "avx2", "avx512")  # as runtime/src/registry.cpp has th
 HEADERS = ("include/pockc/runtime.h", "bindings/pockc.hpp")
 
 
-def build_runner(program: Program, device: Device, folder: Path, choice: str | None = None) -> Path:
+def build_runner(
+    program: Program, device: Device, folder: Path, choice: str | None = None, *, symbols: bool = False
+) -> Path:
     """Compile a stripped `pock-run` with a program's kernels alone, statically linked where the toolchain can.
 
     Args:
@@ -33,15 +35,16 @@ def build_runner(program: Program, device: Device, folder: Path, choice: str | N
         device: The board.
         folder: Where `pock-run` goes.
         choice: ``zig``, None for the same, or the path of a CMake toolchain file.
+        symbols: Keep the names of functions, for tools that look into the binary.
 
     Raises:
         UserError: there is no toolchain, or it fails.
     """
     tools = toolchain.for_device(device, choice)
     halves = has_halves(program)
-    with _build_tree(tools, halves) as tree:
+    with _build_tree(tools, halves, symbols) as tree:
         toolchain.write_if_changed(tree / "program" / "kernels.inc", kernel_list(program, device))
-        _compile(tree, tools, ["pock-run"], halves)
+        _compile(tree, tools, ["pock-run"], halves, symbols)
         return _deliver(tree / "pock-run", folder / "pock-run")
 
 
@@ -92,16 +95,19 @@ def has_halves(program: Program) -> bool:
 
 
 @contextmanager
-def _build_tree(tools: Toolchain, halves: bool = True) -> Iterator[Path]:
+def _build_tree(tools: Toolchain, halves: bool = True, symbols: bool = False) -> Iterator[Path]:
     """The build tree of a toolchain, for this process alone; without kernels for 16 bits there is another one."""
-    tree = toolchain.cache_folder() / "runtime" / f"{tools.key}{'' if halves else '-f32'}"
+    name = tools.key + ("" if halves else "-f32") + ("-symbols" if symbols else "")
+    tree = toolchain.cache_folder() / "runtime" / name
     (tree / "program").mkdir(parents=True, exist_ok=True)
     with (tree / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield tree
 
 
-def _compile(tree: Path, tools: Toolchain, targets: Sequence[str], halves: bool = True) -> None:
+def _compile(
+    tree: Path, tools: Toolchain, targets: Sequence[str], halves: bool = True, symbols: bool = False
+) -> None:
     """Configure once, then build; the output goes to ``build.log`` in the tree."""
     cmake, ninja, sources = toolchain.tool("cmake"), toolchain.tool("ninja"), toolchain.runtime_sources()
     with (tree / "build.log").open("w") as log:
@@ -116,6 +122,7 @@ def _compile(tree: Path, tools: Toolchain, targets: Sequence[str], halves: bool 
                 "POCKC_ONNXRUNTIME": "ON",
                 "POCKC_KERNELS_DIR": tree / "program",
                 "POCKC_HALVES": "ON" if halves else "OFF",
+                "POCKC_SYMBOLS": "ON" if symbols else "OFF",
             }
             definitions = [f"-D{name}={value}" for name, value in options.items()]
             _run([cmake, "-S", str(sources), "-B", str(tree), "-G", "Ninja", *definitions], log.fileno(), tree)
