@@ -146,7 +146,8 @@ class Symbols:
 
     def __init__(self, text: str) -> None:
         found = sorted((int(at, 16), name) for at, name in re.findall(r"^(\w+) [tTwW] (.*)$", text, re.MULTILINE))
-        self._starts, self._names = [start for start, _ in found], [name for _, name in found]
+        self._starts = [start for start, _ in found]
+        self._names: list[str] = [name for _, name in found]
 
     def at(self, address: int) -> str:
         """The one that an address lies in."""
