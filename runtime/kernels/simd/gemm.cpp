@@ -98,7 +98,7 @@ bool rounds_tiles(const Gemm& gemm) {
          gemm.epilogue.gate == nullptr;
 }
 
-// `columns` sums as halves, to where output_row says.
+// `columns` sums as halves.
 template <typename T>
 POCKC_INLINE void round_row(const float* sums, T* halves, int64_t columns) {
   if (columns == kTileColumns) {

@@ -86,7 +86,7 @@ POCKC_INLINE void add_transposed(const F16* a, const F16* b, int64_t terms, vf16
 template <int R, int V, bool RowMajor>
 POCKC_INLINE void multiply_halves(const F16* a, int64_t a_stride, const F16* b, int64_t depth, vf (*sum)[V]) {
   constexpr int H = (V + 1) / 2;
-  for (int64_t k = 0; k == 0 || k < depth; k += kHalfTerms) {
+  for (int64_t k = 0; k == 0 || k < depth; k += kHalfTerms) {  // once at least: the sum of no steps is zero
     const int64_t terms = minimum<int64_t>(kHalfTerms, depth - k);
     vf16 part[R][H];
     POCKC_UNROLL

@@ -4,7 +4,7 @@
 // x 32 (28 sums + 2 + 1 of 32), AVX2 6 x 16 (12 + 2 + 1 of 16), NEON 8 x 12 (24 + 3 + 2 of 32), SSE2 and
 // 32-bit NEON 6 x 8 (12 + 2 + 1 of 16), scalar registers of RISC-V 6 x 4 (24 + 4 + 1 of 32).
 // Every row count up to the full one is compiled, so that a matrix of few rows wastes nothing and row
-// remainders are spread evenly. Of halves: gemm_half.h, gemm_bf16.h, gemm_amx.h.
+// remainders are spread evenly. On 64-bit ARM: gemm_lanes.h. Of halves: gemm_half.h, gemm_bf16.h, gemm_amx.h.
 #ifndef POCKC_SIMD_GEMM_KERNEL_H_
 #define POCKC_SIMD_GEMM_KERNEL_H_
 
