@@ -4,9 +4,9 @@
 difference is what a step executes, the same on every machine and in every run but for a few hundred instructions. From
 the counts follows a *modelled* time of a step on a Raspberry Pi 4 and 5: a model, and no measurement.
 
-The bar holds the sparse step of a program that computes what PyTorch does. Two other steps stand beside it: one from
+The bar holds the sparse step of a program that computes what PyTorch does. Other steps stand beside it: one from
 the second epoch on, whose frozen prefix comes from the cache, and one of another program, whose frozen prefix computes
-in eight bits, on a core with dot products.
+in eight bits, on cores without dot products and with them.
 """
 
 import argparse
@@ -35,9 +35,9 @@ class Step:
     """A training step that is counted."""
 
     scheme: str
-    core: str = "cortex-a72"
     cached: bool = False  # as from the second epoch of `pock-run train --cache-prefix` on
     int8_prefix: bool = False
+    core: str | None = None  # whose counts these are; None: those of every core
 
     @property
     def entry(self) -> str:
@@ -59,7 +59,8 @@ STEPS = {
     "full": Step("full"),
     "sparse": Step("sparse"),
     "sparse, prefix cached": Step("sparse", cached=True),
-    "sparse, prefix in int8": Step("sparse", core="cortex-a76", int8_prefix=True),
+    "sparse, int8 prefix": Step("sparse", int8_prefix=True, core="cortex-a72"),
+    "sparse, int8 prefix, dot products": Step("sparse", int8_prefix=True, core="cortex-a76"),
 }
 FEW_STEPS, MORE_STEPS = 1, 3  # steps; both runs have the same start and the same warm-up
 
@@ -71,6 +72,7 @@ class CoreModel:
     The modelled time is that of the busiest resource, with no cache miss and no wait for a result: a lower bound.
     """
 
+    board: str
     name: str
     gigahertz: float
     instructions: int
@@ -86,8 +88,8 @@ class CoreModel:
 
 
 CORE_MODELS = (
-    CoreModel("Raspberry Pi 4 (Cortex-A72)", 1.5, 3, 1, 2),
-    CoreModel("Raspberry Pi 5 (Cortex-A76)", 2.4, 4, 2, 2),
+    CoreModel("Raspberry Pi 4", "cortex-a72", 1.5, 3, 1, 2),
+    CoreModel("Raspberry Pi 5", "cortex-a76", 2.4, 4, 2, 2),
 )
 
 
@@ -102,10 +104,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="pockc-count-") as folder:
         plugin = build_plugin(Path(folder))
         counts = {
-            name: of_program(step.compiled(arguments.image_size), Path(folder), plugin, step.core, step.entry)
+            name: of_program(
+                step.compiled(arguments.image_size), Path(folder), plugin, step.core or "cortex-a72", step.entry
+            )
             for name, step in STEPS.items()
         }
-    times = {core.name: {column: core.milliseconds(counts[column]) for column in STEPS} for core in CORE_MODELS}
+    times = {
+        core.board: {
+            name: core.milliseconds(counts[name]) for name, step in STEPS.items() if step.core in (None, core.name)
+        }
+        for core in CORE_MODELS
+    }
     title = f"Millions of instructions of a step: MobileNetV2, {arguments.image_size} px, batch 1, one thread"
     report.print_table(
         title,
@@ -114,8 +123,8 @@ def main() -> None:
     )
     report.print_table(
         "Modelled milliseconds of a step (a lower bound, not a measurement)",
-        ["core", *STEPS],
-        [[core, *(f"{times[core][column]:.1f}" for column in STEPS)] for core in times],
+        ["board", *STEPS],
+        [[board, *(f"{of[name]:.1f}" if name in of else "-" for name in STEPS)] for board, of in times.items()],
     )
     report.write_json(arguments.output, {"image_size": arguments.image_size, "counts": counts, "modelled_ms": times})
     ratio = counts["sparse"]["total"] / counts["full"]["total"]
