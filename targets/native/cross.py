@@ -105,9 +105,7 @@ def _build_tree(tools: Toolchain, halves: bool = True, symbols: bool = False) ->
         yield tree
 
 
-def _compile(
-    tree: Path, tools: Toolchain, targets: Sequence[str], halves: bool = True, symbols: bool = False
-) -> None:
+def _compile(tree: Path, tools: Toolchain, targets: Sequence[str], halves: bool = True, symbols: bool = False) -> None:
     """Configure once, then build; the output goes to ``build.log`` in the tree."""
     cmake, ninja, sources = toolchain.tool("cmake"), toolchain.tool("ninja"), toolchain.runtime_sources()
     with (tree / "build.log").open("w") as log:
