@@ -1,26 +1,12 @@
 // A plugin for qemu-user 7.2 that counts how often each block of 64-bit ARM instructions is executed, and prints at the
 // end, per block, its address, the count and its instructions.
 //
-// Debian ships the plugin interface without its header, so the few prototypes that are needed stand here.
 //   cc -O2 -shared -fPIC count_blocks.c -o libblocks.so; qemu-aarch64 -plugin ./libblocks.so -d plugin PROGRAM
-#include <stddef.h>
-#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-typedef uint64_t plugin_id;
-struct qemu_plugin_tb;
-struct qemu_plugin_insn;
-extern void qemu_plugin_register_vcpu_tb_trans_cb(plugin_id, void (*)(plugin_id, struct qemu_plugin_tb *));
-extern size_t qemu_plugin_tb_n_insns(const struct qemu_plugin_tb *);
-extern uint64_t qemu_plugin_tb_vaddr(const struct qemu_plugin_tb *);
-extern struct qemu_plugin_insn *qemu_plugin_tb_get_insn(const struct qemu_plugin_tb *, size_t);
-extern const void *qemu_plugin_insn_data(const struct qemu_plugin_insn *);
-extern void qemu_plugin_register_vcpu_tb_exec_inline(struct qemu_plugin_tb *, int, void *, uint64_t);
-extern void qemu_plugin_register_atexit_cb(plugin_id, void (*)(plugin_id, void *), void *);
-extern void qemu_plugin_outs(const char *);
-int qemu_plugin_version = 1;
+#include "qemu_plugin.h"
 
 struct block {
   struct block *next;

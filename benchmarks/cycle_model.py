@@ -102,7 +102,9 @@ def main() -> None:
 def missing() -> str:
     """Why nothing can be modelled here, in one sentence; empty if it can."""
     lacking = [tool for tool in _TOOLS if shutil.which(tool) is None]
-    return emulation.missing("aarch64") or (f"{', '.join(lacking)}: not installed (Debian: llvm)" if lacking else "")
+    if reason := emulation.missing("aarch64"):
+        return reason
+    return f"{', '.join(lacking)}: not installed (Debian: llvm, binutils)" if lacking else ""
 
 
 def llvm_version() -> str:

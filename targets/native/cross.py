@@ -96,7 +96,7 @@ def has_halves(program: Program) -> bool:
 
 @contextmanager
 def _build_tree(tools: Toolchain, halves: bool = True, symbols: bool = False) -> Iterator[Path]:
-    """The build tree of a toolchain, for this process alone; without kernels for 16 bits there is another one."""
+    """The build tree of a toolchain, for this process alone: one each without kernels for 16 bits, and with symbols."""
     name = tools.key + ("" if halves else "-f32") + ("-symbols" if symbols else "")
     tree = toolchain.cache_folder() / "runtime" / name
     (tree / "program").mkdir(parents=True, exist_ok=True)
